@@ -81,8 +81,9 @@ class ModelConfig:
     lora_modules: str | None = option(
         None,
         "NAME,NAME,...: projections with adapters, of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and "
-        "down_proj; default: all of them, of a model with experts those of attention (its experts have adapters where "
-        "gate_proj,up_proj or down_proj are named)",
+        "down_proj, and of recurrent layers in_proj_qkv, in_proj_z, in_proj_b, in_proj_a, in_proj_qkvz, in_proj_ba and "
+        "out_proj; default: all that the model has, of one with experts those of attention (its experts have adapters "
+        "where gate_proj,up_proj or down_proj are named)",
     )
     lora_dropout: float = option(
         0.0,

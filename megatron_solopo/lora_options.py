@@ -11,7 +11,9 @@ from megatron_solopo.errors import UserError
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
-PROJECTIONS = (*ATTENTION, *MLP)
+RECURRENT = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "in_proj_qkvz", "in_proj_ba", "out_proj")
+"""Of layers with a recurrent state: Qwen3.5 has the first four, Qwen3-Next the next two."""
+PROJECTIONS = (*ATTENTION, *MLP, *RECURRENT)
 MIXTRALS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 """Mixtral's names of an expert's projections -> ours."""
 
@@ -38,7 +40,7 @@ def alpha_of(model: ModelConfig) -> float:
 
 
 def modules_of(model: ModelConfig) -> tuple[str, ...]:
-    """Returns the projections of --lora-modules; by default all of them.
+    """Returns the projections of --lora-modules; by default all of them, of which a model has some.
 
     Raises:
         UserError: a name is none of a projection.
@@ -98,7 +100,8 @@ def _folder_options(folder: Path, where: str) -> dict[str, Any]:
             f"{path}: init_lora_weights is {document['init_lora_weights']!r}, which changed the model's matrices too; "
             "convert the adapters with PEFT (path_initial_model_for_weight_conversion)",
         )
-    modules = [MIXTRALS.get(str(name), str(name)) for name in modules] if isinstance(modules, list) else modules
+    if isinstance(modules, list):  # of projections, or of their places in a model
+        modules = [MIXTRALS.get(name, name) for name in (str(each).rpartition(".")[2] for each in modules)]
     others = sorted({*modules} - {*PROJECTIONS}) if isinstance(modules, list) else [modules]
     if others or not modules:
         raise UserError(

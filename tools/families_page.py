@@ -21,6 +21,33 @@ for folder in (ROOT, ROOT / "tests", ROOT / "tests" / "unit"):
 ABOUT = """\
 # Model families
 
+A folder is read by the `model_type` of its config.json, of a model with images by that of its `text_config`:
+
+| model_type | published models |
+|---|---|
+| gemma3_text, inside gemma3 | Gemma 3 |
+| glm, glm4 | GLM-4-9B, GLM-4-0414 |
+| glm4_moe | GLM-4.5, GLM-4.6 and their Air |
+| gpt_oss | gpt-oss-20b, gpt-oss-120b |
+| llama | Llama 2 to 3.3, SmolLM2, DeepSeek-R1-Distill-Llama |
+| ministral; ministral3, inside mistral3 | Ministral; Ministral 3 |
+| mistral, also inside mistral3 | Mistral 7B, Mistral Nemo, Mistral Small 3 |
+| mixtral | Mixtral |
+| olmo2, olmo3 | OLMo 2, OLMo 3 |
+| phi3 | Phi-3, Phi-4 |
+| qwen2 | Qwen2, Qwen2.5, DeepSeek-R1-Distill-Qwen |
+| qwen3, qwen3_moe | Qwen3 |
+| qwen3_5_text, qwen3_5_moe_text, inside qwen3_5, qwen3_5_moe | Qwen3.5, Qwen3.6 |
+| qwen3_next | Qwen3-Next |
+| smollm3 | SmolLM3 |
+
+`solopo convert-checkpoint doctor MODEL` says of any other folder what is not understood, and which family is nearest
+([another family](adding-a-model.md)). What is trained with each family's chat template is in
+[data-storage.md](data-storage.md#a-response-is-what-follows-the-generation-prompt), what LoRA adapts in
+[lora.md](lora.md#families).
+
+## Distances from transformers
+
 `make families-page` generates this page: it builds the tiny models of `tests/unit/test_model_parity.py` (random
 weights, norms and biases, 211 rows of vocabulary), and compares them with transformers on a CPU. A figure is the
 largest of a family's configurations.

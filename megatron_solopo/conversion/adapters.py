@@ -30,63 +30,48 @@ from megatron_solopo.conversion.hf_weights import stored_shapes
 from megatron_solopo.conversion.places import check_target, put_in_place, restore
 from megatron_solopo.errors import UserError
 from megatron_solopo.lora_options import (
-    ATTENTION,
     CONFIG,
     MIXTRALS,
     MLP,
     PROJECTIONS,
+    RECURRENT,
     WEIGHTS,
     adapts_experts,
     alpha_of,
     modules_of,
 )
-from megatron_solopo.model.families.operators import (
-    AlternatingGateUp,
-    Entry,
-    FusedGateUp,
-    FusedQKV,
-    GatedQKV,
-    Grouped,
-    Rename,
-)
-from megatron_solopo.model.families.registry import family_of
+from megatron_solopo.model.families.operators import Entry, Rename
+from megatron_solopo.model.families.projections import adapted, chosen_projections, projection_of, projections_of
 from megatron_solopo.model.hf_config import outer_model_type
-from megatron_solopo.model.lora import PARTS, SUFFIX, has_adapters, lora_scale, owners
+from megatron_solopo.model.lora import SUFFIX, has_adapters, lora_scale
+from megatron_solopo.parallel.topology import expert_count
 
 PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
-FUSED = (AlternatingGateUp, FusedQKV, FusedGateUp, GatedQKV, Grouped)
-OWNERS = {"self_attention": "self_attn", "mlp": "mlp"}
-"""Parts of a layer: megatron-core's name -> Hugging Face's, in all families."""
 
 
 def adapter_entries(model: GPTModel, hf_config: PretrainedConfig) -> Entered:
-    """Yields (entry, its PEFT name, the parameter on this process) for every parameter of a model's adapters."""
-    experts = expert_modules(hf_config)
+    """Yields (entry, its PEFT name, the parameter on this process) for every parameter of a model's adapters. The name
+    is that in the language model alone, see `stored`."""
+    matrices = adapted(hf_config)
     for local, layer in enumerate(model.decoder.layers):
-        for path in PARTS:
-            of_layer, matrix = path.split(".")
-            for owner, expert in owners(layer, path):
-                adapter = getattr(owner, matrix + SUFFIX, None)
+        for each in matrices:
+            parts, place = each.entry.operator.parts(), f"decoder.layers.{local}.{each.path}{SUFFIX}"
+            for owner, expert in each.owners(layer):
+                adapter = getattr(owner, each.name + SUFFIX, None)
                 for projection in () if adapter is None else adapter.projections:
-                    module = f"model.layers.{{layer}}.{OWNERS[of_layer]}.{projection}"
-                    if expert is not None:
-                        module = experts[projection]
+                    number = each.projections[projection]
+                    module = each.entry.hf[number].removesuffix(".weight")
                     module = PREFIX + module.format(layer=layer.layer_number - 1, expert=expert)
-                    place = path if expert is None else f"mlp.experts.local_experts.{{expert}}.{matrix}"
-                    for part, ending in (("a", A), ("b", B)):
-                        name = f"{projection}_{part}"
-                        entry = Entry(f"decoder.layers.{local}.{place}{SUFFIX}.{name}", (module + ending,), Rename())
-                        yield entry, entry.hf, getattr(adapter, name)
+                    for part, ending, operator in (("a", A, Rename()), ("b", B, parts.operators[number])):
+                        entry = Entry(f"{place}.{projection}_{part}", (module + ending,), operator)
+                        yield entry, entry.hf, getattr(adapter, f"{projection}_{part}")
 
 
-def expert_modules(hf_config: PretrainedConfig) -> dict[str, str]:
-    """Projection -> Hugging Face's name of it in an expert, with ``{layer}`` and ``{expert}``; {} without experts."""
-    modules: dict[str, str] = {}
-    for entry in family_of(hf_config).table(hf_config, hf_config.vocab_size):
-        if entry.of_experts:
-            projections = PARTS["mlp." + entry.megatron.split(".")[-2]]
-            modules |= zip(projections, (name.removesuffix(".weight") for name in entry.hf), strict=True)
-    return modules
+def stored(name: str, hf_config: PretrainedConfig) -> str:
+    """Returns PEFT's name of an adapter's tensor: in a model with images the language model is a module of it."""
+    if outer_model_type(hf_config) is None:
+        return name
+    return name.replace(PREFIX + "model.", PREFIX + "model.language_model.", 1)
 
 
 def check_adapters(options: ModelConfig, hf_config: PretrainedConfig) -> None:
@@ -96,32 +81,12 @@ def check_adapters(options: ModelConfig, hf_config: PretrainedConfig) -> None:
         UserError: PEFT would not read adapters of experts as they are, or projections are fused; or a tensor is
             missing, left over or of another shape.
     """
-    family = family_of(hf_config)
     if options.lora_rank is not None:
-        table = family.table(hf_config, hf_config.vocab_size)
-        if any(isinstance(entry.operator, FUSED) or getattr(entry.operator, "paired", 0) for entry in table):
-            raise UserError(
-                "adapter-unsupported",
-                f"--lora-rank: checkpoints of {hf_config.model_type} hold projections in one matrix or rows in another "
-                "order, for which PEFT's adapters are neither read nor written; train all weights",
-            )
-        if (whole := outer_model_type(hf_config)) is not None:
-            raise UserError(
-                "adapter-unsupported",
-                f"--lora-rank: the model is the language model of {whole}, in which PEFT names its projections "
-                "otherwise; train all weights, or a folder of the language model alone",
-            )
-        if any(".shared_experts." in entry.megatron for entry in table) and not {*MLP}.isdisjoint(modules_of(options)):
-            raise UserError(
-                "adapter-unsupported",
-                f"--lora-modules: PEFT finds gate_proj, up_proj and down_proj of {hf_config.model_type} in experts, "
-                f"shared experts and MLPs alike, which have no adapters together; name {','.join(ATTENTION)}",
-            )
-        if adapts_experts(options) and expert_modules(hf_config):
-            _check_experts(options)
+        _check_modules(options, hf_config)
     if options.lora_path is None:
         return
-    path, expected = Path(options.lora_path) / WEIGHTS, adapter_shapes(options, hf_config)
+    path = Path(options.lora_path) / WEIGHTS
+    expected = {stored(name, hf_config): shape for name, shape in adapter_shapes(options, hf_config).items()}
     with _opened(path) as file:
         names = {*file.keys()}
         if missing := sorted(expected.keys() - names):
@@ -134,6 +99,29 @@ def check_adapters(options: ModelConfig, hf_config: PretrainedConfig) -> None:
                     "tensor-shape",
                     f"{path}: the tensor {name!r} has the shape {actual}, the model and {CONFIG} make it {shape}",
                 )
+
+
+def _check_modules(options: ModelConfig, hf_config: PretrainedConfig) -> None:
+    """Refuses --lora-modules, or its default, if the model's folder has no tensor for a projection, or PEFT finds a
+    name where there are no adapters."""
+    available, chosen = projections_of(hf_config), chosen_projections(hf_config, options)
+    shared = any(".shared_experts." in matrix.path for matrix in adapted(hf_config))
+    if shared and not {*MLP}.isdisjoint(chosen):
+        raise UserError(
+            "adapter-unsupported",
+            f"--lora-modules: PEFT finds gate_proj, up_proj and down_proj of {hf_config.model_type} in experts, "
+            f"shared experts and MLPs alike, which have no adapters together; name "
+            f"{','.join(name for name in available if name not in MLP)}",
+        )
+    needed = chosen if options.lora_modules else [name for name in chosen if name not in RECURRENT]
+    if missing := [name for name in needed if name not in available]:
+        raise UserError(
+            "adapter-unsupported",
+            f"--lora-modules: folders of {hf_config.model_type} have no matrix {missing[0]} of its own, for which PEFT "
+            f"would have an adapter; name some of {','.join(available)}",
+        )
+    if adapts_experts(options) and expert_count(hf_config):
+        _check_experts(options)
 
 
 def _check_experts(options: ModelConfig) -> None:
@@ -162,13 +150,11 @@ def _check_experts(options: ModelConfig) -> None:
 def adapter_shapes(options: ModelConfig, hf_config: PretrainedConfig) -> dict[str, tuple[int, int]]:
     """Returns PEFT's name -> shape of every tensor of the adapters of --lora-rank."""
     assert options.lora_rank is not None
+    chosen, experts = chosen_projections(hf_config, options), adapts_experts(options)
     shapes: dict[str, tuple[int, int]] = {}
     for name, shape in stored_shapes(hf_config).items():
-        module = name.removesuffix(".weight")
-        projection = module.rpartition(".")[2]
-        expert = ".experts." in module
-        projection = MIXTRALS.get(projection, projection) if expert else projection
-        if projection in modules_of(options) and (adapts_experts(options) or not expert) and len(shape) == 2:
+        if projection_of(name) in chosen and (experts or ".experts." not in name) and len(shape) == 2:
+            module = name.removesuffix(".weight")
             shapes[f"{PREFIX}{module}{A}"] = options.lora_rank, shape[1]
             shapes[f"{PREFIX}{module}{B}"] = shape[0], options.lora_rank
     return shapes
@@ -209,7 +195,7 @@ def start_adapters(models: Sequence[GPTModel], hf_config: PretrainedConfig, opti
                     shape[dimension] *= size
                 tensor = _drawn(name, shape, seed)
             else:
-                tensor = file.get_tensor(name)
+                tensor = file.get_tensor(stored(name, hf_config))
             entry.operator.fill(parameter, [tensor], *part)
 
 
@@ -257,7 +243,7 @@ def save_adapters(
     Raises:
         UserError: see `check_target`, or the disk is full.
     """
-    tensors = adapter_tensors(models, hf_config)
+    tensors = {stored(name, hf_config): tensor for name, tensor in adapter_tensors(models, hf_config).items()}
     if dist.get_rank() != 0:
         return
     aside = folder_aside(target)
@@ -267,7 +253,8 @@ def save_adapters(
         shutil.rmtree(aside, ignore_errors=True)
         with new_file(aside / WEIGHTS, "wb") as file:  # not `save_file`, whose files have mode 0600
             file.write(serialize({name: tensors[name] for name in sorted(tensors)}, {"format": "pt"}))
-        text = json.dumps(_folder_config(options, tensors), indent=2, sort_keys=True)
+        places = outer_model_type(hf_config) is not None
+        text = json.dumps(_folder_config(options, tensors, places), indent=2, sort_keys=True)
         write_text(aside / CONFIG, text + "\n")
         put_in_place(aside, target)
     except OSError as error:
@@ -279,9 +266,15 @@ def save_adapters(
         ) from None
 
 
-def _folder_config(options: ModelConfig, tensors: Iterable[str]) -> dict[str, Any]:
-    """Returns adapter_config.json; PEFT has defaults for what is not in it."""
-    modules = {name.removesuffix(A).rpartition(".")[2] for name in tensors if name.endswith(A)}
+def _folder_config(options: ModelConfig, tensors: Iterable[str], places: bool) -> dict[str, Any]:
+    """Returns adapter_config.json; PEFT has defaults for what is not in it.
+
+    Args:
+        places: whether projections are named by their places in the model, because others have these names too (an
+            encoder of images).
+    """
+    modules = {name.removesuffix(A).removeprefix(PREFIX) for name in tensors if name.endswith(A)}
+    names = {name.rpartition(".")[2] for name in modules}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -291,6 +284,6 @@ def _folder_config(options: ModelConfig, tensors: Iterable[str]) -> dict[str, An
         "use_rslora": options.use_rslora,
         "lora_dropout": options.lora_dropout or 0.0,  # an older run has none
         "bias": "none",
-        "target_modules": [name for name in (*PROJECTIONS, *MIXTRALS) if name in modules],
+        "target_modules": sorted(modules) if places else [name for name in (*PROJECTIONS, *MIXTRALS) if name in names],
         "inference_mode": True,
     }

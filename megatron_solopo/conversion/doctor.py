@@ -15,11 +15,15 @@ from megatron_solopo.errors import UserError
 from megatron_solopo.json_text import check_json
 from megatron_solopo.model.families.fields import unknown_fields
 from megatron_solopo.model.families.moe import are_in_one_tensor, in_one_tensor
-from megatron_solopo.model.families.registry import FAMILIES, MULTIMODAL, family_of
+from megatron_solopo.model.families.registry import FAMILIES, MULTIMODAL, UNSUPPORTED, family_of
 from megatron_solopo.model.hf_config import read_config_file
 from megatron_solopo.model_folder import check_is_folder
 
-_NUMBERS = ((re.compile(r"\blayers\.\d+\."), "layers.{layer}."), (re.compile(r"\bexperts\.\d+\."), "experts.{expert}."))
+_NUMBERS = (
+    (re.compile(r"\blayers\.\d+\."), "layers.{layer}."),
+    (re.compile(r"\bexperts\.\d+\."), "experts.{expert}."),
+    (re.compile(r"\.\d+\."), ".{number}."),  # of other layouts
+)
 
 _OLDER = {"rope_theta", "rope_scaling", "torch_dtype", "dtype"}
 """Fields that transformers reads into others."""
@@ -57,7 +61,8 @@ def diagnose(folder: str | Path) -> Diagnosis:
     kind, kinds = str(document.get("model_type")), {_kind(name) for name in (reader.names() if reader else ())}
     name = kind if kind in FAMILIES else _nearest(document, kinds)
     if name != kind:
-        lines.append(f"model_type {kind!r} is of no family; the nearest is {name}")
+        reason = f", because {UNSUPPORTED[kind]}" if kind in UNSUPPORTED else ""
+        lines.append(f"model_type {kind!r} is of no family{reason}; the nearest is {name}")
     refusal, values, hf_config = None, document, None
     if name == kind:
         try:
@@ -66,6 +71,8 @@ def diagnose(folder: str | Path) -> Diagnosis:
             family_of(hf_config)
         except UserError as error:
             refusal, hf_config = error.message, None
+    else:
+        refusal = _refusal_as(name, document)
     values = {field: value for field, value in values.items() if field not in _OLDER}
     fields = unknown_fields(values, FAMILIES[name].fields)
     lines += [f"config.json: {field} = {value!r} is read by no code of {name}" for field, value in fields.items()]
@@ -80,7 +87,8 @@ def diagnose(folder: str | Path) -> Diagnosis:
     if kinds:
         both = len(kinds & expected)
         lines += [f"the weights {one} are in no table of {name}" for one in sorted(kinds - expected)]
-        lines += [f"the weights {one}, which {name} has, are missing" for one in sorted(expected - kinds)]
+        if both:  # else the layout is another
+            lines += [f"the weights {one}, which {name} has, are missing" for one in sorted(expected - kinds)]
         lines.append(f"weights: {both} of {len(kinds)} kinds of tensors are those of {name}")
     else:
         lines.append("weights: the folder holds none")
@@ -88,6 +96,17 @@ def diagnose(folder: str | Path) -> Diagnosis:
     if understood:
         lines.append(f"all fields are understood: {name}")
     return Diagnosis(lines, understood)
+
+
+def _refusal_as(family: str, document: dict[str, Any]) -> str | None:
+    """Returns why a family refuses the values of a config.json of another model_type, if it does."""
+    try:
+        family_of(CONFIG_MAPPING[family].from_dict(document | {"model_type": family}))
+    except UserError as error:
+        return error.message
+    except Exception:  # transformers' own checks, of values that this class has no such meaning for
+        return None
+    return None
 
 
 def _reader(folder: Path) -> WeightReader | None:
@@ -120,13 +139,16 @@ def _kinds_of(family: str, tied: bool, stacked: bool, hf_config: PretrainedConfi
 
 
 def _nearest(document: dict[str, Any], kinds: set[str]) -> str:
-    """Returns the family with most of a folder's tensors, or without weights with most fields, for its own number."""
+    """Returns the family with most of a folder's tensors for its own number; of those with as many, and without
+    weights, that with most fields."""
 
-    def likeness(family: str) -> float:
+    def likeness(family: str) -> tuple[float, float]:
         tied = bool(document.get("tie_word_embeddings"))
-        own, theirs = kinds, _kinds_of(family, tied, are_in_one_tensor(kinds))
-        if not kinds:
-            own, theirs = {*document}, {*CONFIG_MAPPING[family]().to_dict()}
-        return len(own & theirs) / len(own | theirs)
+        sets = (
+            (kinds, _kinds_of(family, tied, are_in_one_tensor(kinds))),
+            ({*document}, {*CONFIG_MAPPING[family]().to_dict()}),
+        )
+        of_weights, of_fields = (len(own & theirs) / len(own | theirs) for own, theirs in sets)
+        return of_weights, of_fields
 
     return max(sorted(FAMILIES), key=likeness)

@@ -276,7 +276,7 @@ def build_model(
         if isinstance(module, PackedAttention):
             module.keeps = config.model.recompute_keep is not None
     if config.model.lora_rank is not None:
-        attach_adapters(model, config.model)
+        attach_adapters(model, hf_config, config.model)
     for name, parameter in model.named_parameters():
         if ".experts." in name:
             # mcore sets it only where experts are sharded unlike the other layers, and a checkpoint would then hold one

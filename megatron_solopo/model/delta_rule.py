@@ -14,7 +14,7 @@ A response starts from the state of its prompt. The gradients of that state are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import accumulate
 
@@ -120,7 +120,7 @@ class Scan(torch.autograd.Function):
         reads, query, key, kept, corrections, states = ctx.saved_tensors
         of_updates, of_behind = torch.empty_like(corrections), torch.empty_like(states)
         of_state = of_last[:0]
-        for chunks, following in reversed(list(_steps(ctx.steps))):
+        for chunks, following in _steps(ctx.steps, backwards=True):
             count = chunks.stop - chunks.start
             behind = of_behind[chunks]
             behind[:following], behind[following:] = of_state, of_last[following:count]
@@ -139,13 +139,14 @@ def _behind(state: Tensor, kept: Tensor, key: Tensor, corrections: Tensor) -> Te
     return torch.addcmul(key.transpose(-1, -2) @ corrections, kept[..., None, None], state)
 
 
-def _steps(steps: Sequence[int]) -> list[tuple[slice, int]]:
-    """Returns the chunks of each step, and how many sequences have one in the next step."""
+def _steps(steps: Sequence[int], backwards: bool = False) -> Iterator[tuple[slice, int]]:
+    """Yields the chunks of each step, and how many sequences have one in the next step."""
     ends = list(accumulate(steps, initial=0))
-    return [
+    each = [
         (slice(first, end), following)
         for first, end, following in zip(ends[:-1], ends[1:], [*steps[1:], 0], strict=True)
     ]
+    yield from reversed(each) if backwards else each
 
 
 def uses_fla(x: Tensor, deterministic: bool) -> bool:

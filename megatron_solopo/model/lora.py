@@ -45,20 +45,14 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from megatron_solopo.config import ModelConfig
-from megatron_solopo.lora_options import adapts_experts, alpha_of, modules_of
+from megatron_solopo.lora_options import alpha_of
+from megatron_solopo.model.families.projections import Adapted, adapted
 
 SUFFIX = "_lora"
 """Name of the adapters of a matrix: that of the matrix and this."""
-
-PARTS = {
-    "self_attention.linear_qkv": ("q_proj", "k_proj", "v_proj"),
-    "self_attention.linear_proj": ("o_proj",),
-    "mlp.linear_fc1": ("gate_proj", "up_proj"),
-    "mlp.linear_fc2": ("down_proj",),
-}
-"""Matrix of a layer -> the Hugging Face projections in it."""
 
 
 def lora_scale(model: ModelConfig) -> float:
@@ -234,7 +228,7 @@ class _AddLowRank(torch.autograd.Function):
         return grad, torch.cat(parts, -1).view(inner.shape), None, None, *of_bs
 
 
-def attach_adapters(model: GPTModel, options: ModelConfig) -> None:
+def attach_adapters(model: GPTModel, hf_config: PretrainedConfig, options: ModelConfig) -> None:
     """Freezes a model's weights and adds the adapters of --lora-rank, all zeros.
 
     With recomputation a chunk of layers has no gradient at all unless its input has one (torch's reentrant
@@ -242,46 +236,34 @@ def attach_adapters(model: GPTModel, options: ModelConfig) -> None:
     """
     assert options.lora_rank is not None
     model.requires_grad_(False)
-    chosen, settings = modules_of(options), model.config
+    matrices, settings = adapted(hf_config, options), model.config
     of_all = cast(dist.ProcessGroup, parallel_state.get_tensor_model_parallel_group())
     of_experts = cast(dist.ProcessGroup, parallel_state.get_expert_tensor_parallel_group())
     for layer in model.decoder.layers:
-        for path, names in PARTS.items():
-            matrix_name = path.split(".")[1]
-            for owner, number in owners(layer, path):
-                matrix, expert = getattr(owner, matrix_name), number is not None
-                projections = {name: rows for name, rows in _rows(names, layer, matrix).items() if name in chosen}
-                if not projections or (expert and not adapts_experts(options)):
-                    continue
-                place = of_experts if expert else of_all, expert
-                column, inputs = len(names) > 1, matrix.weight.shape[1]
+        for each in matrices:
+            group = of_experts if each.entry.of_experts else of_all
+            for owner, expert in each.owners(layer):
+                matrix: Any = getattr(owner, each.name)
+                rows, inputs = matrix.weight.shape
+                column = len(each.entry.hf) > 1
                 numbers = options.lora_rank, lora_scale(options), options.lora_dropout
-                adapter = Adapter(settings, *place, projections, column, inputs, *numbers)
-                owner.register_module(matrix_name + SUFFIX, adapter)
+                projections = _rows(each, rows, group.size())
+                adapter = Adapter(settings, group, expert is not None, projections, column, inputs, *numbers)
+                owner.register_module(each.name + SUFFIX, adapter)
                 matrix.register_forward_hook(_Adding(adapter))
     if settings.recompute_granularity is not None and model.pre_process:
         model.embedding.register_forward_hook(_with_gradient)
 
 
-def owners(layer: Any, path: str) -> Iterator[tuple[Any, int | None]]:
-    """Yields (the module that has a matrix of `PARTS`, None) of a layer; with experts each of this process and its
-    number in the model."""
-    owner = getattr(layer, path.split(".")[0])
-    if (experts := getattr(owner, "experts", None)) is None:
-        yield owner, None
-    else:
-        yield from zip(experts.local_experts, owner.local_expert_indices, strict=True)
-
-
-def _rows(names: Sequence[str], layer: Any, matrix: Any) -> dict[str, Rows]:
-    """Returns the rows of each projection in its matrix, on this rank."""
-    groups, sizes = 1, [1] * len(names)
-    if len(names) == 3:  # by key-value head: its query heads, its key head, its value head
-        attention = layer.self_attention
-        groups = attention.num_query_groups_per_partition
-        sizes = [attention.num_attention_heads_per_partition // groups, 1, 1]
-    unit = matrix.weight.shape[0] // groups // sum(sizes)
-    return {name: Rows(groups, sum(sizes[:place]) * unit, sizes[place] * unit) for place, name in enumerate(names)}
+def _rows(matrix: Adapted, rows: int, ranks: int) -> dict[str, Rows]:
+    """Returns the rows of each projection among the ``rows`` of its matrix on one of so many ranks."""
+    parts = matrix.entry.operator.parts()
+    groups = max(parts.groups // ranks, 1)
+    unit = rows // groups // sum(parts.shares)
+    return {
+        name: Rows(groups, sum(parts.shares[:place]) * unit, parts.shares[place] * unit)
+        for name, place in matrix.projections.items()
+    }
 
 
 class _Adding:

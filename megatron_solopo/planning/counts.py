@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed._tools.fake_collectives import CollectiveOp, collective_ops, sync_ops
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_solopo.planning.fake import Repeats
 from megatron_solopo.planning.memory import in_backward
 from megatron_solopo.planning.operators import LINK, MEMORY_BOUND, ON_HOST, Operation, operation_of
 
@@ -156,11 +157,12 @@ class Counts(TorchDispatchMode):
 
     Args:
         device: ``cuda`` or ``cpu``, on which the run computes.
+        repeats: how often each operator is called for the one that is rehearsed.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, repeats: Repeats) -> None:
         super().__init__()
-        self._kinds, self._device = _kinds(), device
+        self._kinds, self._device, self._repeats = _kinds(), device, repeats
         self._in_pack = self._scores = False
         self._forward, self._backward, self._update, self._score = Tally(), Tally(), Tally(), Tally()
 
@@ -171,7 +173,7 @@ class Counts(TorchDispatchMode):
             self._exchange(func, args)
         elif (operation := operation_of(func, args, kwargs, result, self._device)) is not None:
             operations = self._part().operations
-            operations[operation] = operations.get(operation, 0) + 1
+            operations[operation] = operations.get(operation, 0) + self._repeats.times
         return result
 
     def _part(self) -> Tally:

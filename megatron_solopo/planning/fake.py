@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -49,6 +50,13 @@ class Stage:
     hidden: tuple[int, ...] = ()
 
 
+@dataclass
+class Repeats:
+    """How often the run calls an operator that is rehearsed now; see `Counts`."""
+
+    times: int = 1
+
+
 @dataclass(frozen=True)
 class Rehearsal:
     """A process that computes with fake tensors; see `rehearsal`."""
@@ -56,6 +64,7 @@ class Rehearsal:
     platform: Platform
     mode: FakeTensorMode
     stage: Stage = field(default_factory=Stage)
+    repeats: Repeats = field(default_factory=Repeats)
 
 
 @contextlib.contextmanager
@@ -87,7 +96,7 @@ def rehearsal(device: str, rank: int, world: int) -> Iterator[Rehearsal]:
         _answer_megatron(patch, rehearsed.stage)
         door = _Door(mode, torch_device)
         _answer_torch(patch, door)
-        _answer_product(patch, door)
+        _answer_product(patch, door, rehearsed.repeats)
         # Fake tensors have no device threads; and dispatch modes act in the thread that entered them.
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         stack.enter_context(door)
@@ -262,8 +271,8 @@ class _Selected(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _answer_product(patch: Patch, door: _Door) -> None:
-    from megatron_solopo.model import experts, forward
+def _answer_product(patch: Patch, door: _Door, repeats: Repeats) -> None:
+    from megatron_solopo.model import delta_rule, experts, forward
     from megatron_solopo.parallel import device_pack, layout
     from megatron_solopo.training import engine, objective, resident, step
 
@@ -287,6 +296,19 @@ def _answer_product(patch: Patch, door: _Door) -> None:
 
     patch(layout, "causal_lower_right", lower_right_on_host)
     patch(step, "gather_from_all_ranks", finite)  # the one read of the device in a step
+    steps_of = delta_rule._steps
+
+    def alike(steps: Sequence[int], backwards: bool = False) -> Iterator[tuple[slice, int]]:
+        # The chunks of a long prompt follow each other by the thousand; those of as many sequences are computed alike.
+        each = list(steps_of(steps, backwards))
+        counts = Counter((chunks.stop - chunks.start, following) for chunks, following in each)
+        for chunks, following in each:
+            if times := counts.pop((chunks.stop - chunks.start, following), 0):
+                repeats.times = times
+                yield chunks, following
+        repeats.times = 1
+
+    patch(delta_rule, "_steps", alike)
 
 
 class _Door(TorchFunctionMode):

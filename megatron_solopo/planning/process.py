@@ -13,6 +13,7 @@ from megatron_solopo.data.tokenized.tokens import TokenGroup
 from megatron_solopo.model.cost import attention_weights
 from megatron_solopo.model.families.family import Norms
 from megatron_solopo.model.families.fields import head_dim, linear_layers, mlp_width
+from megatron_solopo.model.families.projections import projections_of
 from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.model.hf_config import padded_vocab_size
 from megatron_solopo.model.tiles import tiles_of
@@ -29,7 +30,9 @@ class Shape:
         queries, keys: widths of queries and of keys (as of values), of all heads.
         attention: weights of the matrices of a layer's attention, the mean over the layers.
         recurrent: share of the layers that have a recurrent state, and `recurrent_heads` such states each of
-            `state_width` keys and values.
+            `state_width` keys and values; `recurrent_keys` is the width of the keys of all heads.
+        gated: whether attention has an output gate.
+        projections: for which LoRA may have adapters.
         ffn: width of the MLP, or of one expert.
         shared: width of the experts that compute every token; 0 without.
         first, first_ffn: number of first layers without experts in a model with some, and the width of their MLPs.
@@ -61,7 +64,10 @@ class Shape:
     attention: int = 0
     recurrent: float = 0.0
     recurrent_heads: int = 0
+    recurrent_keys: int = 0
     state_width: int = 0
+    gated: bool = False
+    projections: tuple[str, ...] = ()
     shared: int = 0
     first: int = 0
     first_ffn: int = 0
@@ -92,7 +98,10 @@ class Shape:
             attention=attention_weights(hf_config),
             recurrent=sum(linear) / len(linear),
             recurrent_heads=getattr(hf_config, "linear_num_value_heads", 0),
+            recurrent_keys=getattr(hf_config, "linear_num_key_heads", 0) * getattr(hf_config, "linear_key_head_dim", 0),
             state_width=getattr(hf_config, "linear_value_head_dim", 0),
+            gated=bool(options.get("attention_output_gate")),
+            projections=projections_of(hf_config),
             norms=4 if family.norms is Norms.BOTH else 2,
             experts_biases=(2 * ffn + hf_config.hidden_size) * bool(options.get("add_bias_linear")),
             shared=options.get("moe_shared_expert_intermediate_size", 0),

@@ -107,7 +107,7 @@ def rehearse(
             engines.update(optimizer, 1.0)  # Adam makes its moments in its first step
             engine.train()
             gc.collect()
-        work, counts = _work(engine, config, groups, packs), Counts(device)
+        work, counts = _work(engine, config, groups, packs), Counts(device, rehearsal.repeats)
         if config.method.reference == "resident" and needs_reference(config.method):
             with rehearsal.mode, host, ledger, ledger.making(WEIGHTS):
                 reference = _reference(engine, config.method, groups, counts)

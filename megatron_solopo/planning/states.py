@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_solopo.lora_options import MLP, adapts_experts, modules_of
+from megatron_solopo.lora_options import ATTENTION, MLP, RECURRENT, adapts_experts, modules_of
 from megatron_solopo.planning.memory import GRADIENTS, INPUTS, OPTIMIZER, WEIGHTS
 from megatron_solopo.planning.process import Process, Shape
 
@@ -53,16 +53,21 @@ def adapter_parameters(process: Process, stage: int) -> tuple[int, int]:
     shape, model = process.shape, process.config.model
     if model.lora_rank is None:
         return 0, 0
-    widths = dict(q_proj=shape.queries, k_proj=shape.keys, v_proj=shape.keys, gate_proj=shape.ffn, up_proj=shape.ffn)
-    widths |= dict(o_proj=shape.queries, down_proj=shape.ffn)
+    widths = dict(q_proj=shape.queries * (1 + shape.gated), k_proj=shape.keys, v_proj=shape.keys, o_proj=shape.queries)
+    widths |= dict(gate_proj=shape.ffn, up_proj=shape.ffn, down_proj=shape.ffn)
+    heads, values = shape.recurrent_heads, shape.recurrent_heads * shape.state_width
+    mixed = 2 * shape.recurrent_keys + values
+    widths |= dict(in_proj_qkv=mixed, in_proj_z=values, in_proj_b=heads, in_proj_a=heads, out_proj=values)
+    widths |= dict(in_proj_qkvz=mixed + values, in_proj_ba=2 * heads)
     dense = experts = 0
-    for name in modules_of(model):
+    for name in (name for name in modules_of(model) if name in shape.projections):
+        layers = shape.recurrent if name in RECURRENT else 1 - shape.recurrent if name in ATTENTION else 1
         if not (shape.experts and name in MLP):
-            dense += shape.hidden + widths[name] // process.tensor
+            dense += layers * (shape.hidden + widths[name] // process.tensor)
         elif adapts_experts(model):
             experts += shape.experts // process.expert_parallel * (shape.hidden + widths[name] // process.expert_tensor)
     layers = process.sizes[stage] * model.lora_rank
-    return layers * dense, layers * experts
+    return round(layers * dense), layers * experts
 
 
 def trained_parameters(process: Process, stage: int) -> tuple[int, int]:

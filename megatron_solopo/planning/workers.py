@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 
 from megatron_solopo.config import Config, load_loss
 from megatron_solopo.data.tokenized.tokens import TokenGroup
+from megatron_solopo.planning.fewer_layers import with_fewer_layers
 from megatron_solopo.planning.rehearse import Outcome, rehearse
 
 PRELOADED = "megatron_solopo.planning.preloaded"
@@ -68,10 +69,14 @@ class Rehearsals:
 
 
 def outcome_of(task: Task) -> Outcome:
-    """Calls `rehearse` in this process."""
+    """Calls `rehearse` in this process, for a model of many experts with fewer layers (`fewer_layers`)."""
     load_loss(task.config.method.preference_loss, "--preference-loss")  # a user's loss is in no registry here
     gc.freeze()  # modules and their caches, which every collection of garbage would go through
-    return rehearse(task.config, task.hf_config, task.groups, task.packs, task.rank, task.world, task.device)
+
+    def of(config: Config, hf_config: PretrainedConfig) -> Outcome:
+        return rehearse(config, hf_config, task.groups, task.packs, task.rank, task.world, task.device)
+
+    return with_fewer_layers(task.config, task.hf_config, of) or of(task.config, task.hf_config)
 
 
 def begin() -> None:

@@ -29,8 +29,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "wide-qwen3": {"r": 4, "lora_alpha": 6, "target_modules": ["v_proj", "up_proj", "down_proj"], "use_rslora": True},
     "qwen3_moe": {"r": 2, "lora_alpha": 3, "target_modules": ALL},
     "mixtral": {"r": 2, "lora_alpha": 5, "target_modules": ["v_proj", "w1", "w2", "w3"]},
+    "qwen3_5": {
+        "r": 2,
+        "lora_alpha": 3,
+        "target_modules": ["q_proj", "up_proj", "in_proj_qkv", "in_proj_b", "out_proj"],
+    },
+    "glm4": {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj", "k_proj", "v_proj"]},
 }
-"""Model -> PEFT's settings of its adapters: of all projections; of some, rank-stabilised; of experts."""
+"""Model -> PEFT's settings of its adapters: of all projections; of some, rank-stabilised; of experts; of matrices whose
+rows have another order here."""
 LAYOUTS: dict[str, tuple[Any, ...]] = {
     "data": (),
     "tensor": ("--tensor-model-parallel-size", 2),
@@ -62,8 +69,14 @@ MOES = [
     ("float64", "dpo", "qwen3_moe", "by-two", "seven"),
     ("float64", "orpo", "mixtral", "recompute-offload", "seven"),
 ]
+ORDERED = [
+    (2, "sequence", ("float64", "dpo", "qwen3_5", "by-two", "seven")),
+    (2, "context", ("float64", "dpo", "qwen3_5", "by-two", "seven")),
+    (2, "tensor", ("float64", "simpo", "glm4", "by-two", "seven")),
+]
 CASES = [
     *((2, layout, plan) for layout in LAYOUTS for plan in PLANS),
+    *ORDERED,
     *((2, layout, plan) for layout in WITH_EXPERTS for plan in MOES),
     *((4, layout, plan) for layout in FOUR for plan in (*PLANS[:2], PLANS[-1])),
 ]
@@ -76,7 +89,7 @@ def folders(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     folders: dict[str, Path] = {}
     for name, settings in SETTINGS.items():
         torch.manual_seed(3)
-        if not name.startswith("wide"):
+        if name in ("qwen3_moe", "mixtral"):
             folders[name] = folder_of_experts(world, tmp_path_factory.mktemp("adapters") / name, name, settings)
             continue
         model = peft.get_peft_model(load(world.model(name)), peft.LoraConfig(task_type="CAUSAL_LM", **settings))

@@ -1332,7 +1332,7 @@ MUTANTS: list[Mutant] = [
             "if False:",
         ),
         ("rank-stabilised scale left out", "if model.use_rslora else", "if False else"),
-        ("adapters of k and v exchanged", '("q_proj", "k_proj", "v_proj")', '("q_proj", "v_proj", "k_proj")'),
+        ("adapters of k and v exchanged", "sum(parts.shares[:place]) * unit", "sum(parts.shares[place + 1 :]) * unit"),
         (
             "a replicated adapter's gradient not summed over ranks of sequence parallelism",
             '"sequence_parallel", self.sequence_parallel)',
@@ -1379,6 +1379,27 @@ MUTANTS: list[Mutant] = [
         ("every step drops the same", "SeedSequence([seed, step, pack,", "SeedSequence([seed, 0, pack,"),
     ),
     *within("model/lora.py", LORA_RUNS, ("the reference has the adapters", "adapter.enabled = False", "pass")),
+    *within(
+        "conversion/adapters.py",
+        "tests/unit/test_lora_families.py",
+        ("rows of B in the folder's order", "parts.operators[number]))", "Rename()))"),
+        (
+            "adapters of a nested model named as those of a model alone",
+            "    if outer_model_type(hf_config) is None:\n        return name",
+            "    if True:\n        return name",
+        ),
+    ),
+    *within(
+        "planning/fewer_layers.py",
+        "tests/unit/test_fewer_layers.py",
+        ("missing layers added once", "getattr(other.work, name) * times +", "getattr(other.work, name) +"),
+        ("layers of another kind added", "kinds[first + size :] == kinds[first:-size]", "kinds[-1] == kinds[first]"),
+    ),
+    *within(
+        "planning/fake.py",
+        "tests/unit/test_rehearsal.py -k repeats",
+        ("chunks of a recurrence counted once", "repeats.times = times", "repeats.times = 1"),
+    ),
     *within(
         "conversion/adapters.py",
         LORA_RUNS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
 from pathlib import Path
 
@@ -132,6 +133,95 @@ def test_what_was_sampled_is_trained_on_to_the_id(template: str, values: str | N
         (only,) = data.groups[0].prompts
         assert list(only.ids) == list(prompt.ids)
         assert [list(one.ids) for one in only.completions] == [[*sampled[0], end], [*ids, end]]
+
+
+# The templates of the models' folders, which TRL has as files; and tokens of their tokenizers.
+TEMPLATES = Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"
+TOKENS = {
+    "gptoss": ("<|startoftext|>", "<|return|>", "<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>"),
+    "qwen3_5_think": ("<|endoftext|>", "<|im_end|>", "<|im_start|>"),
+    "qwen3_5_nothink": ("<|endoftext|>", "<|im_end|>", "<|im_start|>"),
+    "gemma3": ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"),
+    "glm4moe": ("[gMASK]", "<|endoftext|>", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
+}
+WITHOUT_THOUGHT = '{"enable_thinking": false}'
+OF_FAMILIES = [
+    # template, its values, --eos-token, the response, the end of the prompt, what is trained on
+    (
+        "gptoss",
+        None,
+        None,
+        "room 0",
+        "Be brief.\n\n<|end|><|start|>user<|message|>hi<|end|><|start|>assistant",
+        "<|channel|>final<|message|>room 0<|return|>",
+    ),
+    (
+        "qwen3_5_think",
+        None,
+        None,
+        THOUGHT,
+        "Be brief.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n<think>\n",
+        f"{THOUGHT}<|im_end|>",
+    ),
+    ("qwen3_5_think", None, None, BOTH, "<|im_start|>assistant\n<think>\n", f"{THOUGHT}<|im_end|>"),
+    (
+        "qwen3_5_think",
+        WITHOUT_THOUGHT,
+        None,
+        "room 0",
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n",
+        "room 0<|im_end|>",
+    ),
+    ("qwen3_5_nothink", None, None, "room 0", "<|im_start|>assistant\n<think>\n\n</think>\n\n", "room 0<|im_end|>"),
+    (
+        "qwen3_5_nothink",
+        '{"enable_thinking": true}',
+        None,
+        THOUGHT,
+        "<|im_start|>assistant\n<think>\n",
+        f"{THOUGHT}<|im_end|>",
+    ),
+    (
+        "gemma3",
+        None,
+        None,
+        "room 0",
+        "<start_of_turn>user\nBe brief.\n\nhi<end_of_turn>\n<start_of_turn>model\n",
+        "room 0<end_of_turn>",
+    ),
+    ("glm4moe", None, None, BOTH, "<|system|>\nBe brief.<|user|>\nhi<|assistant|>", f"{BOTH}<|endoftext|>"),
+    ("glm4moe", WITHOUT_THOUGHT, None, "room 0", "hi/nothink<|assistant|>\n<think></think>", "\nroom 0<|endoftext|>"),
+    ("glm4moe", WITHOUT_THOUGHT, "<|user|>", "room 0", "hi/nothink<|assistant|>\n<think></think>", "\nroom 0<|user|>"),
+]
+
+
+@pytest.mark.parametrize(("name", "values", "end", "response", "prompt", "trained"), OF_FAMILIES)
+def test_the_templates_of_families(
+    name: str, values: str | None, end: str | None, response: str, prompt: str, trained: str, tmp_path: Path
+) -> None:
+    """The prompt ends where generation starts, and the loss covers the answer, its channel and the end of its turn."""
+    begin, eos, *others = TOKENS[name]
+    tokenizer = byte_tokenizer((TEMPLATES / f"{name}.jinja").read_text(), eos)
+    tokenizer.add_special_tokens({"bos_token": begin, "additional_special_tokens": others})
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path, eos_token=end, chat_template_kwargs=values)
+    system = {"role": "system", "content": "Be brief."}
+    before, after, taken = conversation_ids(tokenizer, [system, user("hi"), assistant(response)])
+    assert tokenizer.decode(before).endswith(prompt) and "Be brief." in tokenizer.decode(before)
+    assert tokenizer.decode(after) == trained and all(taken)
+    assert prompt_ids(tokenizer, [system, user("hi")]) == before
+    assert response_ids(tokenizer, [system, user("hi")], response) == after
+    assert {name for name in others if name in trained} <= {tokenizer.decode([token]) for token in after}
+
+
+def test_a_system_message_that_the_template_leaves_out_is_refused(tmp_path: Path) -> None:
+    """gpt-oss's writes one at the beginning alone; a text that a template takes out of it is not missed."""
+    tokenizer = make(tmp_path, CHATML.replace("{{ m.content }}", "{{ m.content.replace('/think', '') }}"))
+    prompt_ids(tokenizer, [{"role": "system", "content": "/think"}, user("hi")])
+    tokenizer.chat_template = (TEMPLATES / "gptoss.jinja").read_text()
+    with refused("chat-template-refuses", "does not write message 2, whose role is system"):
+        prompt_ids(tokenizer, [user("hi"), {"role": "system", "content": "Be brief."}])
 
 
 TURNS = [user("a"), assistant("b"), user("c"), assistant("d")]

@@ -10,7 +10,7 @@ from refusals import refused
 from safetensors.torch import load_file, save_file
 from test_multimodal import mtp_folder, nested_folder
 from tiny_models import SHAPE, write_model
-from transformers import Glm4Config, LlamaConfig
+from transformers import AutoModelForCausalLM, FalconConfig, Glm4Config, LlamaConfig
 
 from megatron_solopo.training.convert import main
 
@@ -79,3 +79,27 @@ def test_what_is_carried_through_is_counted(tmp_path: Path, capsys: pytest.Captu
 def test_a_path_that_is_no_model(tmp_path: Path) -> None:
     with refused("model-config-missing", "MODEL ", "no config.json"):
         main(["doctor", str(tmp_path)])
+
+
+def test_a_model_of_another_layout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each kind of tensor is one line, and none of a family's is said to be missing."""
+    model = AutoModelForCausalLM.from_config(FalconConfig(**{**SHAPE, "num_hidden_layers": 3}))
+    model.save_pretrained(tmp_path / "hf")
+    lines = report(tmp_path / "hf", capsys, 1)
+    assert any(line.startswith("the weights transformer.h.{number}.mlp.dense_4h_to_h.weight are in") for line in lines)
+    assert not any("missing" in line or ".h.1." in line for line in lines)
+    assert any(line.startswith("weights: 0 of 9 kinds") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model_type": "gemma2"}, "model_type 'gemma2' is of no family, because its attention caps scores"),
+        ({"model_type": "llama99", "hidden_act": "relu2"}, "hidden_act = 'relu2' is not supported"),
+    ],
+)
+def test_values_that_the_nearest_family_refuses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, str], said: str
+) -> None:
+    folder = write_model(tmp_path / "hf", LlamaConfig(**SHAPE, tie_word_embeddings=False))
+    assert any(said in line for line in report(changed(folder, **changes), capsys, 1))

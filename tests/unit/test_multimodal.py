@@ -30,7 +30,6 @@ from transformers import (
     Qwen3_5MoeConfig,
 )
 
-from megatron_solopo.config import ModelConfig
 from megatron_solopo.conversion.quantized import fp8
 from megatron_solopo.data.tokenized.packs import build_pack
 
@@ -231,12 +230,3 @@ def test_a_megatron_folder_carries_nothing(tmp_path: Path) -> None:
     mtp_folder(tmp_path)
     with refused("folder-carries", f"--hf-path {tmp_path}: ", "multi-token prediction"):
         all_trained(str(tmp_path), read_hf_config(tmp_path))
-
-
-def test_adapters_of_a_nested_model_are_refused(tmp_path: Path) -> None:
-    from megatron_solopo.conversion.adapters import check_adapters
-    from megatron_solopo.model.hf_config import read_hf_config
-
-    CONFIGS["gemma3"].save_pretrained(tmp_path)
-    with refused("adapter-unsupported", "--lora-rank: ", "gemma3"):
-        check_adapters(ModelConfig(lora_rank=4), read_hf_config(tmp_path))

@@ -13,7 +13,14 @@ from unittest import mock
 import pytest
 import torch
 from tiny_models import SHAPE
-from transformers import Glm4MoeConfig, LlamaConfig, PretrainedConfig, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    Glm4MoeConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    Qwen3_5TextConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from megatron_solopo import config_load
 from megatron_solopo.config import Config, flag
@@ -21,6 +28,7 @@ from megatron_solopo.losses.registry import LOSSES
 from megatron_solopo.parallel.context import choices, methods
 from megatron_solopo.parallel.engine_method import EngineMethod
 from megatron_solopo.parallel.layouts import parse_layout
+from megatron_solopo.planning import fake, fewer_layers
 from megatron_solopo.planning.estimate import on_host
 from megatron_solopo.planning.memory import (
     ACTIVATIONS,
@@ -189,6 +197,52 @@ def test_layers_with_and_without_experts_are_counted(rehearsals: Rehearsals, lay
     work = Work.of(example(config.method, 30, 200, 12), 1, 2, True, 1, 1)
     process = Process(Shape.of(MIXED, 128), config, work, parse_layout(layout).processes)
     assert closed_form(process, rank if stages > 1 else 0)[GRADIENTS] == 4 * count
+
+
+def with_fewer_layers(task: Task) -> Outcome:
+    with mock.patch.object(fewer_layers, "MANY", 1):
+        return outcome_of(task)
+
+
+def with_every_chunk(task: Task) -> Outcome:
+    with mock.patch.object(fake, "Counter", lambda keys: SimpleNamespace(pop=lambda key, default: 1)):
+        return outcome_of(task)
+
+
+LINEAR = Qwen3_5TextConfig(
+    **SHAPE
+    | dict(hidden_size=HIDDEN, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, head_dim=16)
+    | dict(num_key_value_heads=2, vocab_size=VOCABULARY, max_position_embeddings=4096)
+    | dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=12, linear_value_head_dim=20),
+)
+DEEPER = Glm4MoeConfig(**MIXED.to_dict() | dict(num_hidden_layers=9))
+
+
+@pytest.mark.parametrize(
+    ("model", "layout", "short_cut"),
+    [(DEEPER, "dp4 ep2", with_fewer_layers), (LINEAR, "1", with_every_chunk)],
+    ids=["layers", "chunks"],
+)
+def test_what_repeats_is_rehearsed_once_and_counted(
+    rehearsals: Rehearsals, model: PretrainedConfig, layout: str, short_cut: Any
+) -> None:
+    """Layers of a model of many experts, chunks of a recurrence: bytes, operations and messages are those of all."""
+    of_all = task("--bf16", *FULL, layout=layout, model=model, packs=2)
+    futures = [rehearsals.run(work, of_all) for work in (outcome_of, short_cut)]
+    whole, other = (future.result() for future in futures)
+    assert whole.peaks.keys() == other.peaks.keys() and whole.tokens == other.tokens
+    assert {kind: pytest.approx(size, rel=5e-3) for kind, size in whole.standing.items()} == other.standing
+    for phase, moment in whole.peaks.items():
+        # a copy's share of the optimizer begins and ends within a layer
+        bound = 2e-2 if phase == "update" else 2e-3
+        assert other.peaks[phase].total == pytest.approx(moment.total, rel=bound), phase
+    for name, part in vars(whole.work).items():
+        theirs = getattr(other.work, name)
+        assert theirs.flops() == pytest.approx(part.flops(), rel=1e-9)
+        assert theirs.moved == pytest.approx(part.moved, rel=2e-3)
+        assert theirs.operators == pytest.approx(part.operators, rel=0.15 if name == "update" else 1e-9)
+        for kind in ("ep", "dp"):
+            assert theirs.traffic(kind).bytes == pytest.approx(part.traffic(kind).bytes, rel=2e-3)
 
 
 SMALL = ("--use-precision-aware-optimizer", "--exp-avg-dtype", "bf16", "--exp-avg-sq-dtype", "bf16")

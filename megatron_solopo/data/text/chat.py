@@ -163,7 +163,21 @@ class _Chat:
                     f"the chat template does not write the tool {self.shown(name)!r}; set a --chat-template that "
                     f"writes tools, or remove the field '{TOOLS}'",
                 )
+        for number, message in enumerate(chat):
+            if message["role"] == "system" and message["content"].strip() not in text:
+                self._check_written(chat, number)
         return text
+
+    def _check_written(self, chat: list[Message], number: int) -> None:
+        """Refuses a template that leaves out a system message; one may rewrite it (SmolLM3's takes commands out)."""
+        marker = "solopo system message"
+        chat = [*chat[:number], chat[number] | {"content": marker}, *chat[number + 1 :]]
+        if marker not in template_kwargs.rendered(self._tokenizer, chat):
+            raise UserError(
+                "chat-template-refuses",
+                f"the chat template does not write message {number + 1}, whose role is system; remove it, or begin the "
+                "user's message with it",
+            )
 
     def shown(self, text: str) -> str:
         """Returns the text without aliases."""

@@ -15,6 +15,21 @@ import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class Parts:
+    """Where in the rows of a parameter those of each of its tensors are.
+
+    Attributes:
+        groups: equal groups of rows, each with some of every tensor, one tensor's behind the other's.
+        shares: of each tensor its part of a group's rows, in proportion to the others.
+        operators: of each tensor that of a matrix with its rows alone.
+    """
+
+    groups: int
+    shares: tuple[int, ...]
+    operators: tuple[Operator, ...]
+
+
 class Operator(ABC):
     """Converts Hugging Face tensors to one full Megatron parameter and back."""
 
@@ -25,6 +40,10 @@ class Operator(ABC):
     @abstractmethod
     def to_hf(self, parameter: Tensor) -> list[Tensor]:
         """Returns the Hugging Face tensors of a full Megatron parameter; the inverse of `to_megatron`."""
+
+    def parts(self) -> Parts:
+        """Returns where in the rows of the parameter those of each tensor are."""
+        return Parts(1, (1,), (Rename(),))
 
     def slots(self, parameter: Tensor, rank: int, size: int, dimension: int) -> list[Tensor]:
         """Returns the views of a full parameter that the shard of a tensor-parallel rank fills, see `pieces`."""
@@ -130,37 +149,63 @@ class InterleaveQKV(Operator):
     paired: int = 0
 
     def to_megatron(self, tensors: Sequence[Tensor]) -> Tensor:
-        query, key, value = (t.reshape(self.kv_heads, -1, *t.shape[1:]) for t in self._in_halves(tensors))
-        return torch.cat((query, key, value), dim=1).flatten(0, 1)
+        parts = (t.reshape(self.kv_heads, -1, *t.shape[1:]) for t in self._ordered(tensors))
+        return torch.cat([*parts], dim=1).flatten(0, 1)
 
     def to_hf(self, parameter: Tensor) -> list[Tensor]:
         groups = parameter.reshape(self.kv_heads, -1, *parameter.shape[1:])
-        query, key, value = (part.flatten(0, 1) for part in groups.split(self._group_rows, dim=1))
-        half = self.paired // 2
-        return [self._reordered(query, 2, half), self._reordered(key, 2, half), value]
+        parts = groups.split([share * self.head_dim for share in self._heads_of_group], dim=1)
+        return [self.ordered_back(place, part.flatten(0, 1)) for place, part in enumerate(parts)]
+
+    def parts(self) -> Parts:
+        return Parts(self.kv_heads, self._heads_of_group, tuple(Reordered(self, place) for place in range(3)))
 
     def fill(self, parameter: Tensor, tensors: Sequence[Tensor], rank: int, size: int, dimension: int | None) -> None:
         groups = parameter.view(self.kv_heads // size, -1, *parameter.shape[1:])
-        for target, tensor in zip(groups.split(self._group_rows, dim=1), self._in_halves(tensors), strict=True):
+        targets = groups.split([share * self.head_dim for share in self._heads_of_group], dim=1)
+        for target, tensor in zip(targets, self._ordered(tensors), strict=True):
             _copy(target, tensor.reshape(self.kv_heads, -1, *tensor.shape[1:]).chunk(size)[rank])
 
-    def _in_halves(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value = tensors
-        half = self.paired // 2
-        return self._reordered(query, half, 2), self._reordered(key, half, 2), value
+    def ordered(self, place: int, tensor: Tensor) -> Tensor:
+        """Returns q (place 0), k or v with its rows in the order that they have here."""
+        return self._transposed(tensor, self.paired // 2, 2) if place < 2 and self.paired else tensor
 
-    def _reordered(self, tensor: Tensor, rows: int, columns: int) -> Tensor:
+    def ordered_back(self, place: int, tensor: Tensor) -> Tensor:
+        """The inverse of `ordered`."""
+        return self._transposed(tensor, 2, self.paired // 2) if place < 2 and self.paired else tensor
+
+    def _ordered(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [self.ordered(place, tensor) for place, tensor in enumerate(tensors)]
+
+    def _transposed(self, tensor: Tensor, rows: int, columns: int) -> Tensor:
         """Transposes the paired channels of each head as a matrix [rows, columns]."""
-        if not self.paired:
-            return tensor
         heads = tensor.reshape(-1, self.head_dim, *tensor.shape[1:])
         pairs = heads[:, : self.paired].unflatten(1, (rows, columns)).transpose(1, 2).flatten(1, 2)
         return torch.cat((pairs, heads[:, self.paired :]), dim=1).flatten(0, 1)
 
     @property
-    def _group_rows(self) -> tuple[int, int, int]:
-        """Rows of query, key and value in the group of one key-value head."""
-        return self.heads // self.kv_heads * self.head_dim, self.head_dim, self.head_dim
+    def _heads_of_group(self) -> tuple[int, int, int]:
+        """Heads of query, key and value in the group of one key-value head."""
+        return self.heads // self.kv_heads, 1, 1
+
+
+@dataclass(frozen=True)
+class Reordered(Operator):
+    """One of the tensors of an `InterleaveQKV` alone.
+
+    Attributes:
+        place: 0 for q, 1 for k, 2 for v.
+    """
+
+    whole: InterleaveQKV
+    place: int
+
+    def to_megatron(self, tensors: Sequence[Tensor]) -> Tensor:
+        (tensor,) = tensors
+        return self.whole.ordered(self.place, tensor)
+
+    def to_hf(self, parameter: Tensor) -> list[Tensor]:
+        return [self.whole.ordered_back(self.place, parameter)]
 
 
 @dataclass(frozen=True)
@@ -185,19 +230,11 @@ class GatedQKV(InterleaveQKV):
     """`InterleaveQKV` whose query tensor holds each head's query above its gate; here the gates of a group follow its
     queries."""
 
-    def to_megatron(self, tensors: Sequence[Tensor]) -> Tensor:
-        return super().to_megatron(self._apart(tensors))
+    def ordered(self, place: int, tensor: Tensor) -> Tensor:
+        return self._exchanged(tensor, self.heads // self.kv_heads, 2) if place == 0 else tensor
 
-    def to_hf(self, parameter: Tensor) -> list[Tensor]:
-        both, key, value = super().to_hf(parameter)
-        return [self._exchanged(both, 2, self.heads // self.kv_heads), key, value]
-
-    def fill(self, parameter: Tensor, tensors: Sequence[Tensor], rank: int, size: int, dimension: int | None) -> None:
-        super().fill(parameter, self._apart(tensors), rank, size, dimension)
-
-    def _apart(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        both, key, value = tensors
-        return [self._exchanged(both, self.heads // self.kv_heads, 2), key, value]
+    def ordered_back(self, place: int, tensor: Tensor) -> Tensor:
+        return self._exchanged(tensor, 2, self.heads // self.kv_heads) if place == 0 else tensor
 
     def _exchanged(self, both: Tensor, first: int, second: int) -> Tensor:
         """Transposes the heads of each group as a matrix [first, second]."""
@@ -205,9 +242,8 @@ class GatedQKV(InterleaveQKV):
         return heads.transpose(1, 2).flatten(0, 3)
 
     @property
-    def _group_rows(self) -> tuple[int, int, int]:
-        query, key, value = super()._group_rows
-        return 2 * query, key, value
+    def _heads_of_group(self) -> tuple[int, int, int]:
+        return 2 * (self.heads // self.kv_heads), 1, 1
 
 
 @dataclass(frozen=True)
@@ -229,6 +265,10 @@ class Grouped(Operator):
         rows = [row for section in self.sections for row in section]
         parts = iter(parameter.unflatten(0, (self.groups, -1)).split(rows, 1))
         return [torch.cat([next(parts).flatten(0, 1) for _ in section]) for section in self.sections]
+
+    def parts(self) -> Parts:
+        shares = tuple(map(sum, self.sections))
+        return Parts(self.groups, shares, tuple(Grouped(self.groups, (section,)) for section in self.sections))
 
     def fill(self, parameter: Tensor, tensors: Sequence[Tensor], rank: int, size: int, dimension: int | None) -> None:
         rows = [row for section in self.sections for row in section]
@@ -254,6 +294,9 @@ class StackGateUp(Operator):
 
     def to_hf(self, parameter: Tensor) -> list[Tensor]:
         return list(parameter.chunk(2))
+
+    def parts(self) -> Parts:
+        return Parts(1, (1, 1), (Rename(), Rename()))
 
     def slots(self, parameter: Tensor, rank: int, size: int, dimension: int) -> list[Tensor]:
         return [half.chunk(size)[rank] for half in parameter.chunk(2)]
