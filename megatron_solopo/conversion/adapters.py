@@ -40,6 +40,7 @@ from megatron_solopo.lora_options import (
     alpha_of,
     modules_of,
 )
+from megatron_solopo.model.families.fields import has_latents
 from megatron_solopo.model.families.operators import (
     AlternatingGateUp,
     Entry,
@@ -104,6 +105,12 @@ def check_adapters(options: ModelConfig, hf_config: PretrainedConfig) -> None:
                 "adapter-unsupported",
                 f"--lora-rank: checkpoints of {hf_config.model_type} hold projections in one matrix or rows in another "
                 "order, for which PEFT's adapters are neither read nor written; train all weights",
+            )
+        if has_latents(hf_config):
+            raise UserError(
+                "adapter-unsupported",
+                f"--lora-rank: attention of {hf_config.model_type} makes keys and values of latents, whose matrices "
+                "have no adapters here; train all weights",
             )
         if (whole := outer_model_type(hf_config)) is not None:
             raise UserError(
