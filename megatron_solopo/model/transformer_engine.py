@@ -14,7 +14,7 @@ from megatron_solopo import environment
 from megatron_solopo.config import FP8_MULTIPLES, Config, flag
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.families.family import Family, Norms
-from megatron_solopo.model.families.fields import head_dim, linear_layers, mlp_width
+from megatron_solopo.model.families.fields import has_latents, head_dim, linear_layers, mlp_width
 from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.parallel.context import method_of
 from megatron_solopo.parallel.topology import expert_count
@@ -93,6 +93,8 @@ def portable_part(family: Family, hf_config: PretrainedConfig) -> str | None:
         return "norms behind attention and MLP"
     if any(linear_layers(hf_config)):
         return "recurrent states"
+    if has_latents(hf_config):
+        return "latent attention"
     options = family.transformer_options(hf_config)
     if options.get("add_bias_linear"):
         return "biases of experts"
