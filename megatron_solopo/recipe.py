@@ -146,6 +146,7 @@ class Matrix:
         result: the path, in the output folder, of the evaluation that is a run's result.
         stages: those of each variant; ``$NAME`` in their options is one of its variables.
         variants: name -> its variables. ``$variant`` is its name.
+        predictions: whether the predictions are kept beside each result, which paired differences are of.
     """
 
     where: str
@@ -154,6 +155,7 @@ class Matrix:
     result: str
     stages: list[Stage]
     variants: dict[str, dict[str, object]]
+    predictions: bool = False
 
 
 @dataclass(frozen=True)
@@ -201,6 +203,7 @@ def with_seed(stages: Iterable[Stage], seed: int) -> list[Stage]:
 
 TOP = ("base", "output", "environment", "stages", "matrix")
 OF_MATRIX = ("seeds", "results", "result", "stages", "variants")
+PREDICTIONS = "predictions"
 
 
 def _read(path: Path, above: frozenset[Path]) -> Recipe:
@@ -233,10 +236,10 @@ def _read(path: Path, above: frozenset[Path]) -> Recipe:
 def _matrix(file: OptionFile, line: Entry) -> Matrix:
     parts = {part.name: part for part in _mapping(file, line)}
     for part in parts.values():
-        if part.name not in OF_MATRIX:
+        if part.name not in (names := (*OF_MATRIX, PREDICTIONS)):
             raise UserError(
                 "recipe-key",
-                f"{part.where}: unknown '{part.name}'{nearest(part.name, OF_MATRIX)}; a matrix has {_list(OF_MATRIX)}",
+                f"{part.where}: unknown '{part.name}'{nearest(part.name, names)}; a matrix has {_list(names)}",
             )
     for name in OF_MATRIX:
         if name not in parts or file.is_empty(parts[name].node):
@@ -245,6 +248,10 @@ def _matrix(file: OptionFile, line: Entry) -> Matrix:
     if not isinstance(seeds, list) or not all(isinstance(seed, str) and seed.isdigit() for seed in seeds):
         where = parts["seeds"].where
         raise UserError("recipe-value", f"{where}: seeds: must be a list of whole numbers, found {seeds!r}")
+    predictions = file.value(parts[PREDICTIONS].node) if PREDICTIONS in parts else False
+    if not isinstance(predictions, bool):
+        where = parts[PREDICTIONS].where
+        raise UserError("recipe-value", f"{where}: predictions: must be true or false, found {predictions!r}")
     variants: dict[str, dict[str, object]] = {}
     for variant in _mapping(file, parts["variants"]):
         _check_name(variant, "variant")
@@ -258,6 +265,7 @@ def _matrix(file: OptionFile, line: Entry) -> Matrix:
         os.path.normpath(_text(file, parts["result"])),
         [_stage(file, part, None) for part in _mapping(file, parts["stages"])],
         variants,
+        predictions,
     )
 
 
