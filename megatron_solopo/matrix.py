@@ -6,6 +6,7 @@
       seeds: [0, 1, 2]
       results: ../../docs/evidence/many-responses   # VARIANT-seed-N.json, report.md and figures
       result: $variant/evaluation.json     # the evaluation that is a run's result
+      predictions: true                    # keep its predictions too: differences question by question (default: false)
       stages:                              # of each variant, which runs those that the result needs
         train: {train: {hf_path: base-hf, train_data: $data, save: $variant/run, save_hf: $variant/hf, ...}}
         evaluate: {evaluate: {model: $model, output: $variant/evaluation.json, ...}}
@@ -30,6 +31,7 @@ from typing import Any
 
 from megatron_solopo.atomic import write_text
 from megatron_solopo.errors import UserError
+from megatron_solopo.evaluation.results import predictions_path
 from megatron_solopo.pipeline import Note, Work, run_stages
 from megatron_solopo.recipe import Matrix, Recipe, Stage, holds
 from megatron_solopo.variables import filled, filled_stage
@@ -53,15 +55,20 @@ def run_matrix(recipe: Recipe, matrix: Matrix, dry_run: bool = False) -> int:
     for (seed, variant), run in runs.items():
         file = _file(matrix, seed, variant)
         stages = identity(run)
-        if (before := _kept(file)) is not None and before == stages:
+        predictions = predictions_path(file)
+        if (before := _kept(file)) == stages and (predictions.is_file() or not matrix.predictions):
             print(f"{variant}, seed {seed}: done before ({file})")
             continue
-        print(f"{variant}, seed {seed}{'' if before is None else ': other options than its result'}:", flush=True)
+        changed = before is not None and before != stages
+        print(f"{variant}, seed {seed}{': other options than its result' if changed else ''}:", flush=True)
         if status := run_stages(run, dry_run):
             return status
         if not dry_run:
             with contextlib.chdir(run.output):
                 record = _result(run, matrix, seed, variant) | {"stages": stages}
+                if matrix.predictions:
+                    of_result = predictions_path(_result_file(matrix, variant))
+                    write_text(predictions, of_result.read_text(encoding="utf-8"))
             write_text(file, json.dumps(record, indent=1) + "\n")
     if not dry_run:
         print(f"wrote {_write_report(recipe, matrix)}")

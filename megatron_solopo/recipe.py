@@ -204,6 +204,7 @@ class Matrix:
         result: the path, in the output folder, of the evaluation that is a run's result.
         stages: those of each variant; ``$NAME`` in their options is one of its variables.
         variants: name -> its variables. ``$variant`` is its name.
+        predictions: whether the predictions are kept beside each result, which paired differences are of.
     """
 
     where: str
@@ -212,6 +213,7 @@ class Matrix:
     result: str
     stages: list[Stage]
     variants: dict[str, dict[str, object]]
+    predictions: bool = False
 
 
 @dataclass(frozen=True)

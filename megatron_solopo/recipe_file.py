@@ -21,6 +21,7 @@ TOP = ("base", "output", "environment", "stages", "matrix", "rounds", "serving")
 OF_ROUNDS = ("count", "model", "result", "stages")
 OF_SERVING = ("url", "command", "ready", "reload", "timeout")
 OF_MATRIX = ("seeds", "results", "result", "stages", "variants")
+PREDICTIONS = "predictions"
 
 
 def read_recipe(
@@ -177,11 +178,15 @@ def _serving(file: OptionFile, line: Entry) -> Serving:
 
 
 def _matrix(file: OptionFile, line: Entry) -> Matrix:
-    parts = _needed(file, line, OF_MATRIX, OF_MATRIX)
+    parts = _needed(file, line, (*OF_MATRIX, PREDICTIONS), OF_MATRIX)
     seeds, folder = file.value(parts["seeds"].node), file.path.parent.absolute()
     if not isinstance(seeds, list) or not all(isinstance(seed, str) and seed.isdigit() for seed in seeds):
         where = parts["seeds"].where
         raise UserError("recipe-value", f"{where}: seeds: must be a list of whole numbers, found {seeds!r}")
+    predictions = file.value(parts[PREDICTIONS].node) if PREDICTIONS in parts else False
+    if not isinstance(predictions, bool):
+        where = parts[PREDICTIONS].where
+        raise UserError("recipe-value", f"{where}: predictions: must be true or false, found {predictions!r}")
     variants: dict[str, dict[str, object]] = {}
     for variant in _mapping(file, parts["variants"]):
         _check_name(variant, "variant")
@@ -195,6 +200,7 @@ def _matrix(file: OptionFile, line: Entry) -> Matrix:
         os.path.normpath(_text(file, parts["result"])),
         [_stage(file, part, None) for part in _mapping(file, parts["stages"])],
         variants,
+        predictions,
     )
 
 

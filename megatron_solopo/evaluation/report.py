@@ -19,7 +19,7 @@ from megatron_solopo.evaluation.results import (
     read_evaluations,
     read_runs,
 )
-from megatron_solopo.evaluation.scorers import BENCHMARK_SCORERS
+from megatron_solopo.evaluation.scorers import BENCHMARK_SCORERS, GOLD_LOG_PROB
 
 
 def write_report(
@@ -39,7 +39,7 @@ def write_report(
     Args:
         counts: [LABEL=]FILE of build-pairs --counts-output.
         text, closing: Markdown put after the title and at the end.
-        metric: the one that is drawn, a key of `SCORERS` or `BENCHMARK_SCORERS`.
+        metric: the one that is drawn, a key of `SCORERS` or `BENCHMARK_SCORERS`, or `GOLD_LOG_PROB`.
 
     Raises:
         UserError: nothing to report, or a package of the extra "report" is missing.
@@ -105,7 +105,7 @@ def build_parser() -> Parser:
     outputs.add_argument("--title", default="Report", help="first line of the report (default: %(default)s)")
     outputs.add_argument(
         "--metric",
-        choices=[*SCORERS, *BENCHMARK_SCORERS],
+        choices=[*SCORERS, *BENCHMARK_SCORERS, GOLD_LOG_PROB],
         default="sub_em",
         help="the metric that is drawn (default: %(default)s; of a task its benchmark's)",
     )

@@ -1458,6 +1458,11 @@ MUTANTS: list[Mutant] = [
         ("the wrong model better", "other[question] - baseline[question]", "baseline[question] - other[question]"),
     ),
     *within(
+        "evaluation/generation.py",
+        "tests/unit/test_evaluation_generation.py",
+        ("keys of a window taken for all", "type(layer) is DynamicLayer for", "isinstance(layer, DynamicLayer) for"),
+    ),
+    *within(
         "evaluation/scored.py",
         TASKS,
         ("a question counted once for each depth", "count=len(questions),", "count=len(answered),"),

@@ -217,6 +217,8 @@ def test_gold_is_a_dry_run_without_a_model(tmp_path: Path) -> None:
         assert group.chosen == f"The answer is {group.answers[0]}."
         assert group.rejected != group.chosen and group.rejected.startswith("The answer is ")
     assert len({group.rejected for group in groups}) > 1
+    for group in build(files, tmp_path, "--gold-template", "It is {answer}"):
+        assert group.chosen == f"It is {group.answers[0]}" and group.rejected.startswith("It is ")
 
 
 @pytest.mark.parametrize(

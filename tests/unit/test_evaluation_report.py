@@ -381,3 +381,27 @@ def test_a_score_of_a_file_that_nobody_declared_is_in_the_tables(tmp_path):
     assert rows_of(drawn, r"\| rouge ")[2:] == [["a", "0.75 [0.70, 0.80]"]]
     with refused("metric-unknown", "--metric bleu: ", "sub_em, "):
         report.write_report(tmp_path / "r.md", (), evaluations, metric="bleu")
+
+
+@pytest.mark.parametrize("metric", ["sub_em", "gold_log_prob"])
+def test_log_probs_of_gold_answers_have_their_own_axis_and_differences(tmp_path, monkeypatch, metric):
+    figures = {}
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.update({path.name: figure}))
+    paths = [write_evaluation(tmp_path / f"{name}.json", {8: 0.5}, count=2) for name in "ab"]
+    for path, mean in zip(paths, (-3.0, -2.0), strict=True):
+        whole = json.loads(path.read_text())
+        values = whole["metrics"]["8 documents"]
+        values["gold_log_prob"], values["interval"]["gold_log_prob"] = mean, [mean - 1, mean + 1]
+        path.write_text(json.dumps(whole))
+        scores = [{"id": str(n), "length": "8 documents", "gold_log_prob": mean + n, "sub_em": 1.0} for n in (-1, 1)]
+        results.predictions_path(path).write_text("".join(json.dumps(one) + "\n" for one in scores))
+    evaluations = [results.read_evaluation(f"{path.stem}={path}") for path in paths]
+    text = report.write_report(tmp_path / "r.md", (), evaluations, metric=metric)[0].read_text()
+    assert rows_of(text, r"\| log-prob of the gold answer ")[2:] == [
+        ["a", "-3.00 [-4.00, -2.00]"],
+        ["b", "-2.00 [-3.00, -1.00]"],
+    ]
+    assert "+1.000 | [+1.000, +1.000]" in text and "plain sub-EM / EM / F1 / log-prob" not in text
+    name = {"sub_em": "r-gold-log-prob.png", "gold_log_prob": "r-accuracy.png"}[metric]
+    [axes] = figures[name].axes
+    assert axes.get_ylabel() == "Log-prob of the gold answer (nats per token)" and axes.get_ylim()[0] < -4
