@@ -20,7 +20,7 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSub
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch import Tensor
 
-from megatron_solopo.model.attention import PackLayout
+from megatron_solopo.model.attention import PackedAttention, PackLayout
 from megatron_solopo.model.norm import RMSNorm
 from megatron_solopo.model.repeated import ColumnParallel, Replicated
 
@@ -40,7 +40,7 @@ class LatentAttention(MultiLatentAttention):
     ) -> None:
         super().__init__(config, submodules, layer_number, attention_type="self", **settings)
         del self.rotary_pos_emb
-        self.core_attention.rotates = False
+        cast(PackedAttention, self.core_attention).rotates = False
         heads, width = config.num_attention_heads, config.hidden_size
         matrix: dict[str, Any] = dict(config=config, init_method=config.init_method, tp_group=self.tp_group)
         matrix |= dict(gather_output=False, bias=False, skip_bias_add=False, is_expert=False)
