@@ -14,16 +14,10 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_solopo.config import Config
-from megatron_solopo.conversion.hf import describe_carried
 from megatron_solopo.conversion.manifest import checkpoint_folder
 from megatron_solopo.data.files.records import write_jsonl
-from megatron_solopo.data.tokenized.batches import above_the_token_limit
 from megatron_solopo.errors import Diverged, UserError
-from megatron_solopo.lora_options import adapts_experts
 from megatron_solopo.losses.solopo import needs_reference
-from megatron_solopo.model import transformer_engine
-from megatron_solopo.model.attention import describe_kernels
-from megatron_solopo.model.experts import ALIGNED, describe_experts
 from megatron_solopo.model.lora import without_adapters
 from megatron_solopo.parallel.platform import Platform, first_error, run_on_rank0
 from megatron_solopo.terminal import write_line
@@ -35,13 +29,13 @@ from megatron_solopo.training.checkpoint import Checkpoints, load_checkpoint
 from megatron_solopo.training.exits import StopRequests, note_sudden_death, report_to_launcher
 from megatron_solopo.training.log import Line, RunLog
 from megatron_solopo.training.memory import PeakMemory
-from megatron_solopo.training.monitoring import Watch, length_bias, no_transfer
-from megatron_solopo.training.parameters import describe_parameters
+from megatron_solopo.training.monitoring import Watch
 from megatron_solopo.training.preflight import Preflight, preflight
 from megatron_solopo.training.reference import has_cache, reference_log_probs, shared
 from megatron_solopo.training.resident import ResidentReference, scored_training_work
 from megatron_solopo.training.run_folder import effective, write_metric_labels, write_overlong, write_settings
 from megatron_solopo.training.segment_table import ReferenceLogProbs
+from megatron_solopo.training.start_lines import start_lines
 from megatron_solopo.training.step_work import training_work
 from megatron_solopo.training.stragglers import RankTimes
 
@@ -98,7 +92,8 @@ class Trainer:
         self.ranks = RankTimes(self.engine)
         first = dist.get_rank() == 0
         self.log = RunLog(config.output, self.schedule.steps, plan.resumed, first, effective(config))
-        self._announce()
+        for line in start_lines(plan, config, self.engine, self.ranks.hosts):
+            self.log.message(line)
         if plan.source is None:
             self._start_run_folder()
 
@@ -422,48 +417,6 @@ class Trainer:
         seconds, memory = round(time.perf_counter() - start, 4), round(self.memory.of(split), 3)
         self.log.step({"step": self.done, "split": split, "seconds": seconds, "memory_gib": memory})
         return result
-
-    def _announce(self) -> None:
-        """Logs the size of the run, and warnings about its data and options."""
-        schedule, train = self.schedule, self.data.train
-        rest = schedule.total % schedule.global_batch_size
-        self.log.message(
-            f"{len(train.groups)} examples, {schedule.steps} steps of {schedule.global_batch_size}"
-            + (f", last step {rest}" if rest else "")
-            + "; values of a step are means over its examples"
-        )
-        if dist.get_world_size() > 1:
-            self.log.message(f"{dist.get_world_size()} processes: {self.ranks.hosts}")
-        if dist.get_rank() == 0:  # which alone prints
-            hf_config, model = self.plan.inputs.hf_config, self.config.model
-            self.log.message(describe_parameters(hf_config, model))
-            if carried := describe_carried(model.hf_path, hf_config):
-                self.log.message(carried)
-        if self.plan.budget:
-            self.log.message(self.plan.budget)
-        if self.platform.name == "cuda":
-            settings, device = self.engine.models[0].config, self.platform.device
-            self.log.message(describe_kernels(settings, device))
-            self.log.message(f"log-probs: {self.engine.head.chunk_size:,} response tokens at a time")
-            if settings.num_moe_experts and settings.transformer_impl != transformer_engine.NAME:
-                rank = self.config.model.lora_rank if adapts_experts(self.config.model) else None
-                self.log.message(describe_experts(settings, device, rank or ALIGNED))
-        if train.stretch is not None:
-            self.log.message(f"positions: {train.stretch}")
-        for split, dataset in (("train", train), ("valid", self.data.valid)):
-            if dataset is None:
-                continue
-            for line in dataset.report.lines(self.config.data.seq_length):
-                self.log.message(f"{split}: {line}")
-            if above := above_the_token_limit(dataset.groups, self.config, self.platform.name):
-                self.log.message(f"warning: {split}: {above}")
-        if bias := length_bias(train.chosen_rejected_lengths()):
-            self.log.message(f"warning: {bias}")
-        first = self.config.output.profile_step_start
-        if self.config.output.profile and self.plan.resumed > first:
-            self.log.message(f"note: --profile: step {first + 1} is done already, so no step of this run is profiled")
-        if note := no_transfer(self.config.method):
-            self.log.message(f"note: {note}")
 
     def _start_run_folder(self) -> None:
         """Opens the log and writes the files of this start to the run folder."""
