@@ -29,7 +29,6 @@ MODULES = {
     "glm4-moe-groups-and-biases": ATTENTION,
     "phi3": ["o_proj", "down_proj"],
     "qwen3-5": [*ATTENTION, *MLP, *RECURRENT],
-    "qwen3-5-moe": [*ATTENTION, *RECURRENT],
     "qwen3-next": ["q_proj", "in_proj_qkvz", "in_proj_ba", "out_proj"],
 }
 NESTED = {"gemma3": [*ATTENTION, *MLP], "qwen3-5": ["q_proj", "down_proj", "in_proj_qkv", "out_proj"]}
