@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_solopo import __version__, launch
 from megatron_solopo.errors import LostProcess, UserError, files_explained
-from megatron_solopo.terminal import write_line
+from megatron_solopo.terminal import name_lines, rank_and_host, write_line
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("megatron_solopo.pipeline", "runs the stages of a recipe: data, training, evaluation, report"),
@@ -87,16 +87,20 @@ def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) 
         ``main``'s exit status; 2 after a `UserError` or a file that cannot be read or written; 130 after Ctrl-C.
     """
     quiet()
+    before = sys.stderr
+    name_lines()
     try:
         with files_explained():
-            return main(argv)
+            status = main(argv)
     except UserError as error:
         _report(error)
-        return launch.REPORTED
+        status = launch.REPORTED
     except KeyboardInterrupt:
         if launch.first_to_report("interrupted"):
-            write_line("interrupted")
-        return 130
+            write_line("interrupted", names_rank=True)
+        status = 130
+    sys.stderr = before  # not where another exception ends the process: its traceback is named too
+    return status
 
 
 def quiet() -> None:
@@ -118,9 +122,8 @@ def _report(error: UserError) -> None:
     if launch.first_to_report(message, passing=isinstance(error, LostProcess)):
         # Under torchrun all ranks write to one terminal, so all but rank 0 name themselves; what `agreed` raises on
         # all of them names a rank already.
-        rank = os.environ.get("RANK", "0")
-        named = rank == "0" or message.startswith("rank ")
-        write_line(f"error: {message}" if named else f"error: rank {rank}: {message}")
+        named = os.environ.get("RANK", "0") == "0" or message.startswith("rank ")
+        write_line(f"error: {message}" if named else f"error: {rank_and_host()}: {message}", names_rank=True)
 
 
 def dispatch(argv: list[str] | None = None) -> int:

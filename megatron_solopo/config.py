@@ -514,6 +514,10 @@ class OutputConfig:
     )
     overwrite: bool = option(False, "overwrite an existing --save-hf folder")
     tensorboard_dir: str | None = option(None, "write TensorBoard events there")
+    tensorboard_log_interval: int = option(1, "steps between those written to TensorBoard", minimum=1)
+    tensorboard_queue_size: int = option(
+        1000, "values that TensorBoard's writer holds before it writes them; it writes every two minutes too", minimum=1
+    )
     wandb_project: str | None = option(None, "log to this Weights & Biases project (WANDB_MODE=offline: to files)")
     wandb_exp_name: str | None = option(None, "name of the Weights & Biases run; default: the run folder's name")
     wandb_save_dir: str | None = option(None, "folder for Weights & Biases' files; default: the run folder")

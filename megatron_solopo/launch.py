@@ -6,23 +6,33 @@ accepts torchrun's arguments. After a process has reported a mistake that a user
 traceback, does not restart the processes (--max-restarts), and exits with the command's status, 2. After Ctrl-C or
 SIGTERM it prints no traceback either and exits with 128 + the signal's number, as a shell does.
 
+With a c10d rendezvous it notices a node that is gone without a word (power, network): torchrun would leave the other
+nodes' processes waiting for it until --distributed-timeout-minutes.
+
 Under torchrun itself the line is printed once too, followed by torchrun's report.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
+import signal
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from megatron_solopo.errors import UserError
+from megatron_solopo.terminal import write_line
 
 REPORTED = 2
 """Exit status of a process that has reported its mistake; see `cli.run`."""
+
+PATIENCE = 2.0
+"""Seconds for which a node is missing before it counts as lost."""
 
 _FINAL, _PASSING = "solopo-reported-", "solopo-passing-"
 """Prefixes of marker files in torchrun's log folder of this start of a node's processes."""
@@ -52,6 +62,18 @@ def _reported(error_files: Iterable[str]) -> bool:
     return any(any(folder.glob(f"{_FINAL}*")) for folder in {Path(file).parents[1] for file in error_files})
 
 
+def lost_nodes(rendezvous: Any, nodes: int) -> int:
+    """Returns how many of the nodes that met are gone by torch's heartbeats (every 5 s; 3 may be missing), which only
+    a rendezvous that can restart has (torch 2.11, elastic/rendezvous/dynamic_rendezvous.py, `_sanitize`).
+
+    A node that has ended by itself closes the rendezvous, and one that restarts waits to join again.
+    """
+    holder = getattr(rendezvous, "_state_holder", None)
+    if holder is None or holder.state.closed or not holder.state.complete or holder.state.wait_list:
+        return 0
+    return max(0, nodes - len(holder.state.participants))
+
+
 def main(argv: list[str] | None = None) -> int:
     """``solopo launch``; the arguments are torchrun's.
 
@@ -67,10 +89,13 @@ def main(argv: list[str] | None = None) -> int:
     reported = False
 
     class Agent(LocalElasticAgent):
-        """Does not restart after a reported mistake (torch 2.11, elastic/agent/server/api.py, `_invoke_run`)."""
+        """Does not restart after a reported mistake (torch 2.11, elastic/agent/server/api.py, `_invoke_run`), and ends
+        its processes where they wait for a lost node, so that torch restarts them."""
 
         def __init__(self, *arguments: Any, **settings: Any) -> None:
             super().__init__(*arguments, **settings)
+            self._ended: Any = None
+            self._missed: float | None = None
             # torch logs here which processes have ended, and that it terminates the others.
             logger = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
             logger.addFilter(lambda record: not self._has_reported())
@@ -80,11 +105,28 @@ def main(argv: list[str] | None = None) -> int:
 
         def _monitor_workers(self, worker_group: Any) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
             nonlocal reported
+            self._end_those_that_wait(worker_group)
             result = super()._monitor_workers(worker_group)  # pyright: ignore[reportCallIssue]  # wrapped without types
             reported = result.is_failed() and self._has_reported()
             if reported:
                 self._remaining_restarts = 0
             return result
+
+        def _end_those_that_wait(self, worker_group: Any) -> None:
+            lost = lost_nodes(worker_group.spec.rdzv_handler, worker_group.group_world_size)
+            self._missed = (self._missed or time.monotonic()) if lost else None
+            if self._missed is None or self._pcontext is None or self._pcontext is self._ended:
+                return
+            if time.monotonic() - self._missed < PATIENCE:  # a node that restarts leaves and joins again
+                return
+            self._ended = self._pcontext
+            write_line(
+                f"warning: {lost} of {worker_group.group_world_size} nodes gave no sign of life for some seconds; the "
+                "processes of this node would wait for theirs, and are ended"
+            )
+            for process in self._pcontext.pids().values():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
 
     arguments = run.parse_args(argv)
     if not arguments.module and not arguments.no_python and not Path(arguments.training_script).exists():

@@ -6,6 +6,7 @@
       seeds: [0, 1, 2]
       results: ../../docs/evidence/many-responses   # VARIANT-seed-N.json, report.md and figures
       result: $variant/evaluation.json     # the evaluation that is a run's result
+      predictions: true                    # keep its predictions too: differences question by question (default: false)
       stages:                              # of each variant, which runs those that the result needs
         train: {train: {hf_path: base-hf, train_data: $data, save: $variant/run, save_hf: $variant/hf, ...}}
         evaluate: {evaluate: {model: $model, output: $variant/evaluation.json, ...}}
@@ -24,15 +25,16 @@ import datetime
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from megatron_solopo.atomic import write_text
 from megatron_solopo.errors import UserError
-from megatron_solopo.pipeline import OUTPUTS, Note, Work, run_stages
-from megatron_solopo.recipe import Matrix, Recipe, Stage, with_seed
+from megatron_solopo.evaluation.results import predictions_path
+from megatron_solopo.pipeline import Note, Work, run_stages
+from megatron_solopo.recipe import Matrix, Recipe, Stage, holds
+from megatron_solopo.variables import filled, filled_stage
 
 LABEL = "label"
 """The variable of a variant that is its name in tables; default: the variant's name."""
@@ -53,15 +55,20 @@ def run_matrix(recipe: Recipe, matrix: Matrix, dry_run: bool = False) -> int:
     for (seed, variant), run in runs.items():
         file = _file(matrix, seed, variant)
         stages = identity(run)
-        if (before := _kept(file)) is not None and before == stages:
+        predictions = predictions_path(file)
+        if (before := _kept(file)) == stages and (predictions.is_file() or not matrix.predictions):
             print(f"{variant}, seed {seed}: done before ({file})")
             continue
-        print(f"{variant}, seed {seed}{'' if before is None else ': other options than its result'}:", flush=True)
+        changed = before is not None and before != stages
+        print(f"{variant}, seed {seed}{': other options than its result' if changed else ''}:", flush=True)
         if status := run_stages(run, dry_run):
             return status
         if not dry_run:
             with contextlib.chdir(run.output):
                 record = _result(run, matrix, seed, variant) | {"stages": stages}
+                if matrix.predictions:
+                    of_result = predictions_path(_result_file(matrix, variant))
+                    write_text(predictions, of_result.read_text(encoding="utf-8"))
             write_text(file, json.dumps(record, indent=1) + "\n")
     if not dry_run:
         print(f"wrote {_write_report(recipe, matrix)}")
@@ -93,20 +100,17 @@ def run_of(recipe: Recipe, matrix: Matrix, seed: int, variant: str) -> Recipe:
         UserError: a mistake of a stage; a needed stage has an unknown variable; no stage writes the result.
     """
     variables: dict[str, object] = {"variant": variant}
-    variables |= {name: _filled(value, variables)[0] for name, value in matrix.variants[variant].items()}
-    unknown: dict[str, str] = {}
-    stages = [*recipe.stages, *(_of_variant(stage, variant, variables, unknown) for stage in matrix.stages)]
+    variables |= {name: filled(value, variables)[0] for name, value in matrix.variants[variant].items()}
+    of_variant = [
+        filled_stage(stage, f"{variant}.{stage.name}", f"the variant '{variant}'", variables) for stage in matrix.stages
+    ]
+    unknown = {stage.name: problem for stage, problem in of_variant if problem}
+    stages = [*recipe.stages, *(stage for stage, _ in of_variant)]
     needed: list[Stage] = []
     wanted = {_result_file(matrix, variant): {""}}
     """Path -> names of the stages that read it; "" is the matrix."""
-    for stage in reversed(with_seed(stages, seed)):
-        outputs = [value for name, (value, _) in stage.options.items() if name in OUTPUTS and isinstance(value, str)]
-        readers = {
-            reader
-            for path, names in wanted.items()
-            if any(_holds(output, path) for output in outputs)
-            for reader in names
-        }
+    for stage in (one.with_seed(seed) for one in reversed(stages)):
+        readers = {reader for path, names in wanted.items() if holds(stage.outputs, path) for reader in names}
         if not readers:
             continue
         if stage.name in unknown:
@@ -116,7 +120,7 @@ def run_of(recipe: Recipe, matrix: Matrix, seed: int, variant: str) -> Recipe:
             for one in needed
         ]
         needed.insert(0, dataclasses.replace(stage, reads=()))
-        for path in _read_by(stage):
+        for path in stage.paths_read():
             wanted.setdefault(path, set()).update({stage.name, *(readers - {""})})
     if not needed:
         raise UserError("recipe-value", f"{matrix.where}: matrix: result: {matrix.result}: no stage writes it")
@@ -125,53 +129,6 @@ def run_of(recipe: Recipe, matrix: Matrix, seed: int, variant: str) -> Recipe:
 
 def _result_file(matrix: Matrix, variant: str) -> str:
     return os.path.normpath(Template(matrix.result).safe_substitute(variant=variant))
-
-
-def _of_variant(stage: Stage, variant: str, variables: Mapping[str, object], unknown: dict[str, str]) -> Stage:
-    """Returns a stage of the matrix under a name of its own, with the values of the variables; an option whose value is
-    null is left out. ``unknown`` gets the message about a variable that the variant does not have."""
-    name, options = f"{variant}.{stage.name}", {}
-    for option, (value, where) in stage.options.items():
-        filled, missing = _filled(value, variables)
-        if missing:
-            unknown[name] = (
-                f"{where}: ${missing[0]}: the variant '{variant}' has no such variable; it has {', '.join(variables)}"
-            )
-        if filled is not None:
-            options[option] = (filled, where)
-    return dataclasses.replace(stage, name=name, options=options)
-
-
-def _filled(value: object, variables: Mapping[str, object]) -> tuple[object, list[str]]:
-    """Returns a value with its variables replaced, and the names of those that are unknown. ``$NAME`` alone becomes
-    the variable's value of any type, ``$$`` a dollar."""
-    if isinstance(value, list):
-        parts = [_filled(one, variables) for one in value]
-        return [part for part, _ in parts], [name for _, names in parts for name in names]
-    if not isinstance(value, str):
-        return value, []
-    template = Template(value)
-    names = template.get_identifiers() if template.is_valid() else []
-    if len(names) == 1 and names[0] in variables and value in (f"${names[0]}", f"${{{names[0]}}}"):
-        return variables[names[0]], []
-    return template.safe_substitute(variables), [name for name in names if name not in variables]
-
-
-def _holds(output: str, path: str) -> bool:
-    """Whether a path is an output, or a file in it."""
-    output = os.path.normpath(output)
-    return path == output or path.startswith(output + os.sep)
-
-
-def _read_by(stage: Stage) -> Iterator[str]:
-    """Yields what may be paths in a stage's options: a text, @FILE or LABEL=PATH."""
-    other = {*OUTPUTS, *stage.of_choices()}
-    for name, value in stage.checked()[1].items():
-        if name in other:
-            continue
-        for text in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(text, str) and text:
-                yield from map(os.path.normpath, (text, text.removeprefix("@"), text.partition("=")[2]))
 
 
 def identity(run: Recipe) -> dict[str, object]:

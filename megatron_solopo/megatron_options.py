@@ -27,6 +27,7 @@ REFUSED = {
     "pin_cpu_grads": "gradients pass through pinned buffers with --optimizer-cpu-offload; leave it out",
     "pin_cpu_params": "weights pass through pinned buffers with --optimizer-cpu-offload; leave it out",
     "optimizer_cuda_graph": "packs differ in length, so steps are not captured in CUDA graphs; leave it out",
+    "log_straggler": "the copies of the model are always compared, every --log-interval steps; leave it out",
     "moe_router_fusion": "the router is this package's, whose softmax keeps float64 and which does not count padding; "
     "leave it out",
 }

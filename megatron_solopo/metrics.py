@@ -54,6 +54,11 @@ class Metric:
         return self.label if self.label == self.name else self.label[:1].upper() + self.label[1:]
 
     @property
+    def is_share(self) -> bool:
+        """Whether a score is from 0 to 1, as accuracies are; scores that nobody declared are taken for such."""
+        return self.figure != ACCURACY or self.limits == (0, 1)
+
+    @property
     def head(self) -> str:
         """The label with its unit as the head of a column, with an arrow in the better direction."""
         arrow = {True: " ↑", False: " ↓", None: ""}[self.higher_is_better]
@@ -150,6 +155,10 @@ register(
             ("memory_gib", "peak memory", "GiB", ""),
             ("memory_allocated_gib", "peak memory allocated by torch", "GiB", ""),
             ("seconds", "seconds a step", "", "{:.3g} s/step"),
+            ("data_seconds", "seconds waited for data", "", "data {:.2g} s"),
+            ("data_rank", "rank that waited longest for data", "", ""),
+            ("slowest_ratio", "time of the slowest copy of the model", "of the others' median", ""),
+            ("slowest_seconds", "seconds a step lost to it", "", ""),
         )
     ),
 )

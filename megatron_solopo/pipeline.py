@@ -8,29 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import megatron_solopo
 from megatron_solopo.arguments import Parser
 from megatron_solopo.atomic import write_text
 from megatron_solopo.errors import UserError, nearest
-from megatron_solopo.recipe import Recipe, Stage, read_recipe, readable
+from megatron_solopo.recipe import OUTPUTS, Recipe, Stage, holds, readable
+from megatron_solopo.recipe_file import read_recipe
+from megatron_solopo.serving import Server
+from megatron_solopo.stage_process import STOPPED, Locks, call
 from megatron_solopo.terminal import write_line
-
-OUTPUTS = ("output", "validation_output", "skipped_output", "save", "save_hf", "tensorboard_dir", "wandb_save_dir")
-"""Options of all commands that name outputs."""
 
 NEITHER = ("reference_cache",)
 """Options that name caches, which are neither inputs nor outputs."""
@@ -41,25 +37,8 @@ RESUMED = ("prepare-data", "sample-responses", "tokenize-data", "train", "evalua
 ASIDE = ("", ".partial", ".work", ".new", ".replaced")
 """Suffixes of the temporary files beside an output."""
 
-STOPPED = {code: 128 + number for number in (signal.SIGINT, signal.SIGTERM) for code in (-number, 128 + number)}
-"""Exit status of a stage that a signal stopped -> exit status of this command."""
-
 WORK_REMAINS = 75
 """Exit status after a stage that stopped early by itself, as in examples/launch."""
-
-STOPPED_FILE = "SOLOPO_STOPPED_FILE"
-"""Environment variable of `training.exits`."""
-
-_ENDS_WITH_PARENT = """\
-import ctypes, os, signal, sys
-libc = ctypes.CDLL(None)
-if hasattr(libc, "prctl"):
-    libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG, which exec keeps
-if os.getppid() != int(sys.argv[1]):  # the parent has died already
-    sys.exit(128 + signal.SIGTERM)
-os.execv(sys.argv[2], sys.argv[2:])
-"""
-"""Runs a command that receives SIGTERM when its parent dies. Popen's preexec_fn can hang in a process with threads."""
 
 
 def build_parser() -> Parser:
@@ -72,6 +51,7 @@ def build_parser() -> Parser:
     parser.add_argument("recipe", metavar="RECIPE.yaml", help="output: FOLDER and stages: (docs/pipeline.md)")
     parser.add_argument("--output", metavar="DIR", help="folder for all outputs (default: the recipe's)")
     parser.add_argument("--seed", type=int, metavar="N", help="replaces every seed of the recipe's stages")
+    parser.add_argument("--rounds", type=int, metavar="N", help="number of rounds (default: the recipe's)")
     parser.add_argument("--dry-run", action="store_true", help="print what would run; touch nothing")
     group = parser.add_mutually_exclusive_group()
     group.add_argument(
@@ -84,7 +64,9 @@ def build_parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; see ``--help``."""
     options = build_parser().parse_args(argv)
-    recipe = read_recipe(options.recipe, options.output, options.seed)
+    if options.rounds is not None and options.rounds < 1:
+        raise UserError("option-value", f"--rounds {options.rounds}: set a number of at least 1")
+    recipe = read_recipe(options.recipe, options.output, options.seed, options.rounds)
     names = [stage.name for stage in recipe.stages]
     for flag, name in (("--from", options.start), ("--only", options.only)):
         if name is None:
@@ -119,10 +101,10 @@ def run_stages(recipe: Recipe, dry_run: bool = False, start: str | None = None, 
     with contextlib.chdir(recipe.output if recipe.output.is_dir() else "."):
         work = _works(recipe)
         if dry_run:
-            _print_plan(work, start, only)
+            _print_plan(recipe, work, start, only)
             return 0
-        with _Locks(Path(".stages")) as locks:
-            return _run(recipe, work, start, only, locks)
+        with Locks(Path(".stages")) as locks, Server(recipe.serving, recipe.environment, locks) as server:
+            return _run(recipe, work, start, only, locks, server)
 
 
 @dataclass(frozen=True)
@@ -132,6 +114,8 @@ class Work:
     Attributes:
         number: "2/9".
         values: the value of each explicit option.
+        reads: see `Stage`; in a recipe with rounds the stages whose outputs it needs, so that another report of the
+            first round restarts no later round.
         later: outputs of this stage and of those after it.
     """
 
@@ -139,6 +123,7 @@ class Work:
     number: str
     words: list[str]
     values: dict[str, object]
+    reads: tuple[str, ...] | None = None
     later: set[Path] = dataclasses.field(default_factory=set)
 
     def __str__(self) -> str:
@@ -146,7 +131,7 @@ class Work:
 
     @property
     def outputs(self) -> list[str]:
-        return [value for name, value in self.values.items() if name in OUTPUTS and isinstance(value, str)]
+        return self.stage.written()
 
     @property
     def note(self) -> Path:
@@ -156,12 +141,15 @@ class Work:
         """Returns the stage's command and options, without the number of processes and --auto-resume."""
         script = str(self.stage.script) if self.stage.script else None
         values = {name: value for name, value in self.values.items() if name != "auto_resume"}
+        if self.stage.served is not None:
+            values["served"] = self.stage.served
         return json.loads(json.dumps([self.stage.command, script, values], default=str))
 
     def inputs(self) -> dict[str, list[State]]:
         """Size and time of every file and folder that an option names, except outputs of this and later stages: the
         value of --preference-loss orpo is not a later stage's folder orpo."""
         places = [str(self.stage.script)] if self.stage.script else []
+        places += _places(self.stage.served)
         for name, value in self.values.items():
             if name not in (*OUTPUTS, *NEITHER):
                 places += [place for one in (value if isinstance(value, list) else [value]) for place in _places(one)]
@@ -173,12 +161,24 @@ class Work:
         }
 
 
+def _dependencies(stages: Sequence[Stage]) -> dict[str, tuple[str, ...]]:
+    """Returns the names of the stages whose outputs each stage needs, directly or through others."""
+    needs: dict[str, tuple[str, ...]] = {}
+    for number, stage in enumerate(stages):
+        paths = list(stage.paths_read())
+        direct = [one.name for one in stages[:number] if any(holds(one.written(), path) for path in paths)]
+        needs[stage.name] = tuple(dict.fromkeys(name for one in direct for name in (*needs[one], one)))
+    return needs
+
+
 def _works(recipe: Recipe) -> list[Work]:
     """Returns all stages, checked before the first one starts."""
     writers: dict[str, str] = {}
     works = []
+    needs = {} if recipe.rounds is None else _dependencies(recipe.stages)
     for number, stage in enumerate(recipe.stages, 1):
-        work = Work(stage, f"{number}/{len(recipe.stages)}", *stage.checked())
+        reads = needs.get(stage.name, stage.reads)
+        work = Work(stage, f"{number}/{len(recipe.stages)}", *stage.checked(), reads)
         for output in work.outputs:
             other = writers.setdefault(os.path.normpath(output), stage.name)
             if other != stage.name:
@@ -255,7 +255,7 @@ def _states(
     before, chosen = "", not (start or only)
     options_of: dict[str, list[object]] = {}
     for work in works:
-        options, reads = work.options(), work.stage.reads
+        options, reads = work.options(), work.reads
         earlier = before if reads is None else _digest([options_of[name] for name in reads])
         inputs = _digest([earlier, work.inputs()])
         before, options_of[work.stage.name] = _digest([before, options]), options
@@ -289,7 +289,9 @@ def _untouched(files: Sequence[State]) -> bool:
     return True
 
 
-def _run(recipe: Recipe, works: Sequence[Work], start: str | None, only: str | None, locks: _Locks) -> int:
+def _run(
+    recipe: Recipe, works: Sequence[Work], start: str | None, only: str | None, locks: Locks, server: Server
+) -> int:
     run_started = time.monotonic()
     for work, state, note, noted in _states(works, start, only):
         if state == LEFT_OUT:
@@ -298,6 +300,7 @@ def _run(recipe: Recipe, works: Sequence[Work], start: str | None, only: str | N
             print(f"{work}: done before ({noted.seconds:.1f} s)", flush=True)
             continue
         command = work.stage.command_line(work.words)
+        server.provide(work.stage.served)
         print(f"{work} {state}: {readable(command)}", flush=True)
         if state == RUNS and noted is not None:
             _remove(noted.outputs)
@@ -306,7 +309,7 @@ def _run(recipe: Recipe, works: Sequence[Work], start: str | None, only: str | N
         if work.outputs:
             note.write(work.note)
         started, used = time.monotonic(), _cpu_of_stages()
-        code, stopped = _call(command, recipe.environment, work.stage.processes, locks)
+        code, stopped = call(command, recipe.environment, work.stage.processes, locks)
         seconds, cpu = time.monotonic() - started, _cpu_of_stages() - used
         if code == 0 and not stopped:
             print(f"{work}: {seconds:.1f} s\n", flush=True)
@@ -321,7 +324,8 @@ def _run(recipe: Recipe, works: Sequence[Work], start: str | None, only: str | N
         ending = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}, see above"
         raise UserError(
             "stage-failed",
-            f"stage {work} {ending}; finished stages are kept: correct it and run the same command again",
+            f"stage {work} {ending}{server.ending()}; finished stages are kept: correct it and run the same command "
+            "again",
         )
     print(f"{recipe.output}: all stages are done, in {time.monotonic() - run_started:.0f} s")
     return 0
@@ -333,14 +337,17 @@ def _cpu_of_stages() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def _print_plan(works: Sequence[Work], start: str | None, only: str | None) -> None:
-    changed = False
+def _print_plan(recipe: Recipe, works: Sequence[Work], start: str | None, only: str | None) -> None:
+    changed: set[str] = set()
     for work, state, _, noted in _states(works, start, only):
-        if state == DONE and changed:  # its inputs will change
-            state = RUNS
-        changed = changed or (state in (RESUMES, RUNS) and bool(work.outputs))
+        if state == DONE and (changed if work.reads is None else changed.intersection(work.reads)):
+            state = RUNS  # its inputs will change
+        if state in (RESUMES, RUNS) and work.outputs:
+            changed.add(work.stage.name)
         command = f": {readable(work.stage.command_line(work.words))}" if state in (RESUMES, RUNS) else ""
         print(f"{work} {state}{command}")
+        if command and recipe.serving is not None and work.stage.served is not None:
+            print(f"  served by: {recipe.serving.readable(work.stage.served)}")
         if state == RUNS and noted is not None:
             for path in _earlier(noted.outputs):
                 print(f"  removes {path}")
@@ -361,70 +368,3 @@ def _remove(outputs: Sequence[str]) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-def _call(command: list[str], environment: dict[str, str], processes: int, locks: _Locks) -> tuple[int, bool]:
-    """Runs a stage, and passes SIGTERM and Ctrl-C on to it.
-
-    The stage ends with this process, however that ends, and holds a lock while it runs.
-
-    Returns:
-        Its exit status (negative: the signal that killed it), and whether it saved its work and stopped early.
-    """
-    package = str(Path(megatron_solopo.__file__).parents[1])
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))} if processes > 1 else {}
-    paths = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
-    stopped = Path(".stages/stopped").absolute()
-    stopped.write_text("")
-
-    process = subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", _ENDS_WITH_PARENT, str(os.getpid()), *command],
-        env=threads | os.environ | environment | {"PYTHONPATH": paths, STOPPED_FILE: str(stopped)},
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,  # so that this process alone forwards Ctrl-C
-        pass_fds=[locks.stage],
-    )
-    handlers = {
-        signal.SIGTERM: lambda number, frame: process.terminate(),
-        signal.SIGINT: lambda number, frame: os.killpg(process.pid, signal.SIGINT),
-    }
-    # Signals that this process ignores (SIGINT behind nohup or &) are ignored in the stage too.
-    handlers = {number: handler for number, handler in handlers.items() if signal.getsignal(number) != signal.SIG_IGN}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        return process.wait(), bool(stopped.read_text())
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-class _Locks:
-    """Locks of an output folder: one run at a time, and no stage beside one that a killed run left running.
-
-    Raises:
-        UserError: another run holds the lock.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(exist_ok=True)
-        self._run, self.stage = (os.open(folder / name, os.O_CREAT | os.O_RDWR) for name in ("run.lock", "stage.lock"))
-
-    def __enter__(self) -> _Locks:
-        with contextlib.suppress(OSError):  # not every network file system has locks
-            try:
-                fcntl.flock(self._run, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    "folder-in-use",
-                    f"{Path.cwd()}: another `solopo run` works there; wait for its end, or end it first",
-                ) from None
-            try:
-                fcntl.flock(self.stage, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                write_line("waiting for the end of a stage that a killed run left")
-                fcntl.flock(self.stage, fcntl.LOCK_EX)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        os.close(self._run)
-        os.close(self.stage)

@@ -17,24 +17,28 @@
         options: {runs: [solo]}
 
 ``base: FILE`` names another recipe, whose stages this one changes or extends; ``environment`` holds variables;
-``matrix`` makes an experiment of it (`matrix.py`).
+``matrix`` makes an experiment of it (`matrix.py`), ``rounds`` repeats stages (`rounds.py`), and ``serving`` starts the
+server that they ask (`serving.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import os
 import re
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_solopo.arguments import Parser
-from megatron_solopo.errors import UserError, nearest
-from megatron_solopo.yaml_options import Entry, OptionFile, Options
+from megatron_solopo.errors import UserError
+from megatron_solopo.rounds import Rounds
+from megatron_solopo.serving import Serving
+from megatron_solopo.yaml_options import Options
 
 COMMANDS = {
     "prepare-data": "megatron_solopo.data.building.prepare_data",
@@ -53,7 +57,22 @@ COMMANDS = {
 SEVERAL = ("train", "convert-checkpoint")
 """Commands that run in several processes."""
 
+ASKING = ("sample-responses", "evaluate")
+"""Commands that ask a server."""
+
 SCRIPT = "script"
+
+OUTPUTS = (
+    "output",
+    "counts_output",
+    "validation_output",
+    "skipped_output",
+    "save",
+    "save_hf",
+    "tensorboard_dir",
+    "wandb_save_dir",
+)
+"""Options of all commands that name outputs."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +86,7 @@ class Stage:
         processes: how many; above 1 torchrun's launcher starts them.
         script: the Python file of a script.
         reads: names of the stages that it depends on; None: all before it.
+        served: folder that the recipe's server must have while it runs; None: it does not ask it.
     """
 
     name: str
@@ -76,6 +96,34 @@ class Stage:
     processes: int = 1
     script: Path | None = None
     reads: tuple[str, ...] | None = None
+    served: str | None = None
+
+    @property
+    def outputs(self) -> list[str]:
+        """What it writes, as the recipe names it."""
+        return [value for name, (value, _) in self.options.items() if name in OUTPUTS and isinstance(value, str)]
+
+    def written(self) -> list[str]:
+        """Returns what it writes, those of a file of options included; see `checked`."""
+        return [value for name, value in self.checked()[1].items() if name in OUTPUTS and isinstance(value, str)]
+
+    def paths_read(self) -> Iterator[str]:
+        """Yields what may be paths in its options: a text, @FILE or LABEL=PATH; and the folder that is served."""
+        if self.served is not None:
+            yield os.path.normpath(self.served)
+        other = {*OUTPUTS, *self.of_choices()}
+        for name, value in self.checked()[1].items():
+            if name in other:
+                continue
+            for text in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(text, str) and text:
+                    yield from map(os.path.normpath, (text, text.removeprefix("@"), text.partition("=")[2]))
+
+    def with_seed(self, seed: int) -> Stage:
+        """Returns the stage with another seed where it has one."""
+        if "seed" not in self.options:
+            return self
+        return dataclasses.replace(self, options=self.options | {"seed": (str(seed), "--seed")})
 
     def checked(self) -> tuple[list[str], dict[str, object]]:
         """Returns (command line, value of each explicit option), checked by the command's parser.
@@ -83,6 +131,10 @@ class Stage:
         Raises:
             UserError: a mistake that the command itself would report, with the line of the recipe.
         """
+        return self._checked
+
+    @functools.cached_property
+    def _checked(self) -> tuple[list[str], dict[str, object]]:
         if self.script is not None:
             if not self.script.is_file():
                 raise UserError("file-missing", f"{self.where}: stage '{self.name}': {self.script}: no such file")
@@ -127,6 +179,12 @@ class Stage:
         return [sys.executable, *program]
 
 
+def holds(outputs: Iterable[str], path: str) -> bool:
+    """Whether a path is an output, or in one."""
+    places = map(os.path.normpath, outputs)
+    return any(path == output or path.startswith(output + os.sep) for output in places)
+
+
 def readable(command_line: list[str]) -> str:
     """Returns the command as a person types it."""
     text = shlex.join(command_line[1:]).replace("-m megatron_solopo.launch", "solopo launch", 1)
@@ -146,6 +204,7 @@ class Matrix:
         result: the path, in the output folder, of the evaluation that is a run's result.
         stages: those of each variant; ``$NAME`` in their options is one of its variables.
         variants: name -> its variables. ``$variant`` is its name.
+        predictions: whether the predictions are kept beside each result, which paired differences are of.
     """
 
     where: str
@@ -154,6 +213,7 @@ class Matrix:
     result: str
     stages: list[Stage]
     variants: dict[str, dict[str, object]]
+    predictions: bool = False
 
 
 @dataclass(frozen=True)
@@ -165,176 +225,8 @@ class Recipe:
     environment: dict[str, str]
     stages: list[Stage]
     matrix: Matrix | None = None
-
-
-def read_recipe(path: str | Path, output: str | None = None, seed: int | None = None) -> Recipe:
-    """Reads a recipe.
-
-    Args:
-        output: replaces the recipe's; relative to the current folder.
-        seed: replaces every ``seed`` of a stage.
-
-    Raises:
-        UserError: naming ``file:line`` and the nearest valid name. `Stage.checked` checks the options.
-    """
-    recipe = _read(Path(path), frozenset())
-    if output is not None:
-        recipe = dataclasses.replace(recipe, output=Path(output).absolute())
-    if recipe.output == Path():
-        raise UserError("recipe-incomplete", f"{path}: output: missing; set it to the folder for the stages' outputs")
-    if not recipe.stages:
-        raise UserError("recipe-incomplete", f"{path}: has no stages")
-    if seed is not None and recipe.matrix is not None:
-        return dataclasses.replace(recipe, matrix=dataclasses.replace(recipe.matrix, seeds=[seed]))
-    return recipe if seed is None else dataclasses.replace(recipe, stages=with_seed(recipe.stages, seed))
-
-
-def with_seed(stages: Iterable[Stage], seed: int) -> list[Stage]:
-    """Returns the stages with another seed where they have one."""
-    return [
-        dataclasses.replace(stage, options=stage.options | {"seed": (str(seed), "--seed")})
-        if "seed" in stage.options
-        else stage
-        for stage in stages
-    ]
-
-
-TOP = ("base", "output", "environment", "stages", "matrix")
-OF_MATRIX = ("seeds", "results", "result", "stages", "variants")
-
-
-def _read(path: Path, above: frozenset[Path]) -> Recipe:
-    if path.resolve() in above:
-        raise UserError("recipe-base-loop", f"{path}: is a base of itself")
-    with OptionFile(path, "") as file:
-        lines = {line.name: line for line in file.entries(file.root, f"{path}: must hold output: and stages:")}
-        for line in lines.values():
-            if line.name not in TOP:
-                raise UserError(
-                    "recipe-key",
-                    f"{line.where}: unknown '{line.name}'{nearest(line.name, TOP)}; a recipe has {_list(TOP)}",
-                )
-        recipe = Recipe(path, Path(), {}, [])
-        if "base" in lines:
-            base = Path(os.path.normpath(path.parent / _text(file, lines["base"])))
-            recipe = _read(base, above | {path.resolve()})
-        output, environment = recipe.output, dict(recipe.environment)
-        if "output" in lines:
-            output = Path(os.path.normpath(path.parent.absolute() / _text(file, lines["output"])))
-        for line in _mapping(file, lines.get("environment")):
-            environment[line.name] = _text(file, line)
-        stages = {stage.name: stage for stage in recipe.stages}
-        for line in _mapping(file, lines.get("stages")):
-            stages[line.name] = _stage(file, line, stages.get(line.name))
-        matrix = _matrix(file, lines["matrix"]) if "matrix" in lines else recipe.matrix
-    return Recipe(path, output, environment, list(stages.values()), matrix)
-
-
-def _matrix(file: OptionFile, line: Entry) -> Matrix:
-    parts = {part.name: part for part in _mapping(file, line)}
-    for part in parts.values():
-        if part.name not in OF_MATRIX:
-            raise UserError(
-                "recipe-key",
-                f"{part.where}: unknown '{part.name}'{nearest(part.name, OF_MATRIX)}; a matrix has {_list(OF_MATRIX)}",
-            )
-    for name in OF_MATRIX:
-        if name not in parts or file.is_empty(parts[name].node):
-            raise UserError("recipe-incomplete", f"{line.where}: matrix: {name}: missing; see docs/pipeline.md")
-    seeds, folder = file.value(parts["seeds"].node), file.path.parent.absolute()
-    if not isinstance(seeds, list) or not all(isinstance(seed, str) and seed.isdigit() for seed in seeds):
-        where = parts["seeds"].where
-        raise UserError("recipe-value", f"{where}: seeds: must be a list of whole numbers, found {seeds!r}")
-    variants: dict[str, dict[str, object]] = {}
-    for variant in _mapping(file, parts["variants"]):
-        _check_name(variant, "variant")
-        variants[variant.name] = {
-            name: _relative_to(folder, file.value(node)) for name, _, node in _mapping(file, variant)
-        }
-    return Matrix(
-        line.where,
-        [int(seed) for seed in seeds],
-        Path(os.path.normpath(folder / _text(file, parts["results"]))),
-        os.path.normpath(_text(file, parts["result"])),
-        [_stage(file, part, None) for part in _mapping(file, parts["stages"])],
-        variants,
-    )
-
-
-def _check_name(line: Entry, what: str) -> None:
-    if not re.fullmatch(r"\w[\w.-]*", line.name):
-        raise UserError("stage-name", f"{line.where}: '{line.name}': name a {what} by letters, digits, - and _")
-
-
-def _stage(file: OptionFile, line: Entry, before: Stage | None) -> Stage:
-    """Returns a stage; ``before`` is the base's stage of this name, which it changes."""
-    _check_name(line, "stage")
-    keys = (*COMMANDS, SCRIPT, "options", "processes")
-    parts = {part.name: part for part in _mapping(file, line)}
-    for part in parts.values():
-        if part.name not in keys:
-            raise UserError(
-                "recipe-key", f"{part.where}: '{part.name}' is not a command of a stage{nearest(part.name, keys)}"
-            )
-    commands = [name for name in parts if name in COMMANDS or name == SCRIPT]
-    if before is not None and not commands:
-        command = before.command
-    elif len(commands) == 1:
-        command = commands[0]
-    else:
-        raise UserError(
-            "stage-command", f"{line.where}: stage '{line.name}': set one command: {_list((*COMMANDS, SCRIPT))}"
-        )
-    if before is not None and before.command != command:
-        raise UserError(
-            "stage-command",
-            f"{line.where}: stage '{line.name}': is {before.command} in the base; choose another name",
-        )
-    stage = before or Stage(line.name, line.where, command)
-    if command == SCRIPT and commands:
-        stage = dataclasses.replace(stage, script=file.path.parent.absolute() / _text(file, parts[SCRIPT]))
-    place = "options" if command == SCRIPT else command
-    if "options" in parts and place != "options":
-        raise UserError("recipe-key", f"{parts['options'].where}: the options of {command} belong under it")
-    options = {
-        name: (_relative_to(file.path.parent.absolute(), file.value(node)), f"{where}: {name}")
-        for name, where, node in _mapping(file, parts.get(place))
-    }
-    if command == "train" and "auto_resume" not in stage.options | options and "load" not in stage.options | options:
-        options["auto_resume"] = (True, f"{line.where}: auto_resume")
-    if "processes" in parts:
-        if command not in SEVERAL:
-            raise UserError(
-                "recipe-key",
-                f"{parts['processes'].where}: processes: {command} runs in one; of {_list(SEVERAL)} only",
-            )
-        number = _text(file, parts["processes"])
-        if not number.isdigit() or int(number) < 1:
-            raise UserError(
-                "recipe-value",
-                f"{parts['processes'].where}: processes: must be a number of at least 1, found {number!r}",
-            )
-        stage = dataclasses.replace(stage, processes=int(number))
-    return dataclasses.replace(stage, options=stage.options | options)
-
-
-def _mapping(file: OptionFile, line: Entry | None) -> list[Entry]:
-    return file.entries(line.node, f"{line.where}: {line.name}: must hold 'name: value' lines") if line else []
-
-
-def _text(file: OptionFile, line: Entry) -> str:
-    value = file.value(line.node)
-    if not isinstance(value, str):
-        raise UserError("recipe-value", f"{line.where}: {line.name}: must be a text, found {value!r}")
-    return value
-
-
-def _relative_to(folder: Path, value: object) -> object:
-    """Returns the value; paths in it that start with ./ or ../ (behind @ or LABEL= too) are relative to ``folder``."""
-    if isinstance(value, list):
-        return [_relative_to(folder, one) for one in value]
-    path = re.match(r"(@|[^=/\s]+=)?(\.\.?/.*)", value, re.DOTALL) if isinstance(value, str) else None
-    return f"{path[1] or ''}{os.path.normpath(folder / path[2])}" if path else value
+    rounds: Rounds | None = None
+    serving: Serving | None = None
 
 
 def _script_words(options: Options) -> list[str]:
@@ -357,7 +249,3 @@ def _check_run(words: list[str]) -> None:
     from megatron_solopo.config_load import load  # with torch and transformers, which take 3 s
 
     load(words)
-
-
-def _list(names: tuple[str, ...]) -> str:
-    return ", ".join(names)

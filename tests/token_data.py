@@ -10,9 +10,10 @@ from transformers import PreTrainedTokenizerBase
 from megatron_solopo.data.options import TokenizerOptions
 from megatron_solopo.data.schema import read_conversations, read_groups
 from megatron_solopo.data.text.text_facts import text_facts
+from megatron_solopo.data.tokenized.encoder import Encoder
 from megatron_solopo.data.tokenized.make_store import Job, cached_store
 from megatron_solopo.data.tokenized.token_store import StoredTokens, open_tokens
-from megatron_solopo.data.tokenized.tokens import CONVERSATION, Encoder, TokenGroup
+from megatron_solopo.data.tokenized.tokens import CONVERSATION, TokenGroup
 from megatron_solopo.pack import Scored
 
 

@@ -18,6 +18,14 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in 
     "OMP_NUM_THREADS": "1"
 }
 
+TIMES = frozenset(
+    {
+        *("seconds", "tokens_per_second", "memory_gib", "data_seconds", "data_rank"),
+        *("slowest_ranks", "slowest_hosts", "slowest_ratio", "slowest_seconds"),
+    }
+)
+"""Fields of metrics.jsonl that differ between two runs of the same steps."""
+
 
 @dataclass(frozen=True)
 class Home:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,14 @@ def load(folder: Path) -> nn.Module:
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = _norm.__get__(module)
-        elif type(module).__name__ == "Glm4MoeTopkRouter":
+        elif hasattr(module, "e_score_correction_bias"):
             module.forward = _sigmoid_router.__get__(module)
+        elif type(module).__name__ == "DeepseekV2TopkRouter":
+            module.forward = _router_by_group.__get__(module)
+        elif type(module).__name__ == "DeepseekV2RotaryEmbedding":
+            module.forward = _turns.__get__(module)
+        elif type(module).__name__ == "DeepseekV2Attention":
+            module.forward = _latent_attention.__get__(module)
         # gpt-oss's has a bias, and keeps the model's dtype
         elif type(module).__name__.endswith("TopKRouter") and not hasattr(module, "bias"):
             module.forward = _router.__get__(module)
@@ -58,6 +65,46 @@ def _sigmoid_router(self: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]
     if self.norm_topk_prob:
         weights = weights / weights.sum(-1, keepdim=True)
     return logits, weights * self.routed_scaling_factor, experts
+
+
+def _router_by_group(self: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """DeepSeek-V2's (arXiv 2405.04434, section 2.2.2), a token at a time: groups are compared by their best expert."""
+    logits = F.linear(x.reshape(-1, self.hidden_dim), self.weight)
+    scores, groups = logits.softmax(-1), self.num_group if self.topk_method == "group_limited_greedy" else 1
+    size, kept, chosen = self.num_experts // groups, self.topk_group if groups > 1 else 1, []
+    for of_token in scores.tolist():
+        best = sorted(range(groups), key=lambda group: max(of_token[group * size : group * size + size]))[-kept:]  # noqa: B023
+        allowed = [expert for expert in range(self.num_experts) if expert // size in best]
+        chosen.append(sorted(allowed, key=of_token.__getitem__)[-self.top_k :])
+    experts = torch.tensor(chosen)
+    return logits, scores.gather(1, experts) * self.routed_scaling_factor, experts
+
+
+def _turns(self: nn.Module, x: Tensor, position_ids: Tensor) -> Tensor:
+    """cos + i sin, each rounded to float32 as of all other models; `torch.polar` rounds otherwise."""
+    angles = position_ids[..., None].float() * self.inv_freq
+    return torch.complex(angles.cos(), angles.sin()) * self.attention_scaling
+
+
+def _latent_attention(self: nn.Module, hidden_states: Tensor, **given: Any) -> tuple[Tensor, None]:
+    """Equations 37 to 47 of arXiv 2405.04434, a head at a time; ``position_embeddings`` are cos + i sin."""
+    (x,), (turns,) = hidden_states, given["position_embeddings"]
+    nope, rotated, width = self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim
+
+    def turned(pairs: Tensor) -> Tensor:
+        first, second, cos, sin = pairs[:, ::2], pairs[:, 1::2], turns.real.double(), turns.imag.double()
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+    queries = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if self.q_proj is None else self.q_proj(x)
+    latent, shared = self.kv_a_proj_with_mqa(x).split((self.kv_lora_rank, rotated), -1)
+    expanded = self.kv_b_proj(self.kv_a_layernorm(latent))
+    hidden = torch.ones(len(x), len(x), dtype=torch.bool).triu(1)
+    outputs = []
+    for query, keyed in zip(queries.split(nope + rotated, -1), expanded.split(nope + width, -1), strict=True):
+        scores = query[:, :nope] @ keyed[:, :nope].T + turned(query[:, nope:]) @ turned(shared).T
+        weights = (scores * self.scaling).masked_fill(hidden, -torch.inf).softmax(-1)
+        outputs.append(weights @ keyed[:, nope:])
+    return self.o_proj(torch.cat(outputs, -1))[None], None
 
 
 def _delta_net(self: nn.Module, hidden_states: Tensor, **ignored: object) -> Tensor:

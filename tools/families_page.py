@@ -25,9 +25,11 @@ A folder is read by the `model_type` of its config.json, of a model with images 
 
 | model_type | published models |
 |---|---|
+| deepseek_v2, deepseek_v3 | DeepSeek-V2, DeepSeek-V3, DeepSeek-R1 |
 | gemma3_text, inside gemma3 | Gemma 3 |
 | glm, glm4 | GLM-4-9B, GLM-4-0414 |
 | glm4_moe | GLM-4.5, GLM-4.6 and their Air |
+| glm4_moe_lite | GLM-4.7-Flash |
 | gpt_oss | gpt-oss-20b, gpt-oss-120b |
 | llama | Llama 2 to 3.3, SmolLM2, DeepSeek-R1-Distill-Llama |
 | ministral; ministral3, inside mistral3 | Ministral; Ministral 3 |

@@ -1,31 +1,42 @@
 """Time and memory of converting a checkpoint, beside copying its files.
 
     python examples/benchmarks/conversion.py --gigabytes 4
+    python examples/benchmarks/conversion.py --config Qwen2.5-7B-Instruct.config.json --tensor 2 --pipeline 2 --kill
 
-A random model in the shape of a small Qwen2.5 (bfloat16, tied embeddings of 151,936 rows), converted from Hugging Face
-to Megatron and back by separate processes. Their peak memory is compared with the weights, the largest tensor and
-1 GB; their time with that of an interpreter that imports the same and does nothing, and with a copy of the files. The
-processor's seconds (user and system) are listed beside the clock's, which other work on the machine makes longer.
+A random model in bfloat16, in the shape of a small Qwen2.5 (tied embeddings of 151,936 rows) or of a config.json, is
+converted from Hugging Face to Megatron and back by separate commands, and each is compared with copies of the files it
+read, before and after it. The processor's seconds (user and system, of all processes) are listed beside the
+clock's, which other work on the machine makes longer; those of the same command on a tiny model are taken off both.
+
+Memory is that of the largest process: anonymous pages (what it allocated, RssAnon of /proc/PID/status, read every
+20 ms) and all resident pages, of which those of mapped files belong to the file cache and are given back on demand.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config
 
-from megatron_solopo.conversion.hf_folder import write_folder
+from megatron_solopo.conversion.hf_folder import TensorReader, write_folder
+from megatron_solopo.conversion.hf_weights import stored_shapes
 from megatron_solopo.conversion.sidecar_files import SidecarFiles
+from megatron_solopo.model.hf_config import read_config_file
 
 ROOT = Path(__file__).resolve().parents[2]
 HIDDEN, INNER, HEADS, KV_HEADS, ROWS = 2048, 8192, 16, 4, 151_936
@@ -33,38 +44,24 @@ SETTLED = 10
 """Seconds until the memory of deleted files is as free as before. A virtual machine may return it to its host, and
 pays when it is used again: copying and converting must find the same."""
 
-
-def shapes(layers: int) -> dict[str, torch.Size]:
-    """Of every tensor of the model."""
-    width, shared = HIDDEN, HIDDEN // HEADS * KV_HEADS
-    of_a_layer = {
-        "self_attn.q_proj.weight": (width, HIDDEN),
-        "self_attn.k_proj.weight": (shared, HIDDEN),
-        "self_attn.v_proj.weight": (shared, HIDDEN),
-        "self_attn.q_proj.bias": (width,),
-        "self_attn.k_proj.bias": (shared,),
-        "self_attn.v_proj.bias": (shared,),
-        "self_attn.o_proj.weight": (HIDDEN, width),
-        "mlp.gate_proj.weight": (INNER, HIDDEN),
-        "mlp.up_proj.weight": (INNER, HIDDEN),
-        "mlp.down_proj.weight": (HIDDEN, INNER),
-        "input_layernorm.weight": (HIDDEN,),
-        "post_attention_layernorm.weight": (HIDDEN,),
-    }
-    shapes = {"model.embed_tokens.weight": (ROWS, HIDDEN)}
-    for layer in range(layers):
-        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in of_a_layer.items()}
-    shapes["model.norm.weight"] = (HIDDEN,)
-    return {name: torch.Size(shape) for name, shape in shapes.items()}
+NUMBERS = torch.randint(-30000, 30000, (2**22,), dtype=torch.int16, generator=torch.Generator().manual_seed(1))
 
 
-def tensors(layers: int) -> Iterator[tuple[str, Tensor]]:
-    """The model's tensors, one at a time; their values do not matter, but each is another."""
-    for name, shape in shapes(layers).items():
-        yield name, torch.randint(-30000, 30000, shape, dtype=torch.int16).view(torch.bfloat16)
+def tensor_of(name: str, shape: torch.Size) -> Tensor:
+    """Numbers that do not matter, but differ by tensor and place; the same again for the same name."""
+    count, start = shape.numel(), zlib.crc32(name.encode()) % NUMBERS.numel()
+    return NUMBERS.roll(start).repeat(-(-count // NUMBERS.numel()))[:count].view(torch.bfloat16).view(shape)
 
 
-def config(layers: int) -> Qwen2Config:
+def small(gigabytes: float) -> Qwen2Config:
+    """A small Qwen2.5 of about this size."""
+    embedding = 2 * ROWS * HIDDEN
+    shapes = stored_shapes(_small(1)).items()
+    a_layer = 2 * sum(shape.numel() for name, shape in shapes if name.startswith("model.layers."))
+    return _small(max(1, round((gigabytes * 1e9 - embedding) / a_layer)))
+
+
+def _small(layers: int) -> Qwen2Config:
     return Qwen2Config(
         hidden_size=HIDDEN,
         intermediate_size=INNER,
@@ -79,78 +76,187 @@ def config(layers: int) -> Qwen2Config:
     )
 
 
+def shapes_of(hf_config: PretrainedConfig) -> dict[str, torch.Size]:
+    """The tensors of a folder."""
+    tied = {"lm_head.weight"} if hf_config.tie_word_embeddings else set()
+    return {name: shape for name, shape in stored_shapes(hf_config).items() if name not in tied}
+
+
 def tiny(folder: Path) -> Path:
     """A model of no size."""
-    shape = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=64)
+    shape = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
     AutoModelForCausalLM.from_config(Qwen2Config(**shape, num_key_value_heads=2)).save_pretrained(folder)
     return folder
 
 
-def convert(*arguments: object) -> tuple[float, float, float]:
-    """(seconds until all is on the disk, the processor's seconds, peak resident memory in GB) of a conversion."""
-    command = [sys.executable, ROOT / "tools" / "convert_checkpoint.py", *arguments, "--device", "cpu"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    os.sync()  # what an earlier part left to write is not this one's
+@dataclass(frozen=True)
+class Cost:
+    """Seconds until all is on the disk, the processor's seconds, and peaks of the largest process in GiB."""
+
+    seconds: float
+    processor: float
+    anonymous: float = 0.0
+    resident: float = 0.0
+
+
+def tree(process: int) -> list[int]:
+    """A process and its descendants."""
+    found = [process]
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{process}/task").iterdir():
+            found += [each for child in (task / "children").read_text().split() for each in tree(int(child))]
+    return found
+
+
+class Peaks:
+    """The largest memory of a process in a tree of processes, in KiB, while it runs."""
+
+    def __init__(self, root: int) -> None:
+        self._root, self.anonymous, self.resident = root, 0, 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.02):
+            for process in tree(self._root):
+                with contextlib.suppress(OSError, KeyError):
+                    lines = (line.split() for line in Path(f"/proc/{process}/status").read_text().splitlines())
+                    status = {words[0]: int(words[1]) for words in lines if words[0] in ("RssAnon:", "VmRSS:")}
+                    self.anonymous = max(self.anonymous, status["RssAnon:"])
+                    self.resident = max(self.resident, status["VmRSS:"])
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def flush(folder: Path) -> None:
+    """Waits until the files of a folder are on the disk; others' files do not matter."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def written(folder: Path) -> int:
+    """Bytes of the files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def convert(options: argparse.Namespace, target: Path, *arguments: object, kill_at: float | None = None) -> Cost:
+    """Runs a conversion in the layout of the options.
+
+    Args:
+        kill_at: kill all its processes when its unfinished target has so many bytes.
+    """
+    command = [sys.executable, ROOT / "tools" / "convert_checkpoint.py"]
+    layout: list[object] = []
+    processes = options.tensor * options.pipeline
+    if processes > 1:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+        command.append(ROOT / "tools" / "convert_checkpoint.py")
+        layout = ["--tensor-model-parallel-size", options.tensor, "--pipeline-model-parallel-size", options.pipeline]
+    words = [str(word) for word in (*command, *arguments, *layout, "--device", "cpu")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     start = time.monotonic()
-    with subprocess.Popen(list(map(str, command)), env=environment, stdout=subprocess.DEVNULL) as process:
-        _, status, usage = os.wait4(process.pid, 0)
-    if status:
+    process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL)
+    peaks = Peaks(process.pid)
+    if kill_at is not None:
+        while written(Path(f"{target}.partial")) < kill_at and not target.exists():
+            time.sleep(0.05)
+        for running in tree(process.pid):
+            os.kill(running, signal.SIGKILL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = status
+    peaks.stop()
+    if status and kill_at is None:
         sys.exit(f"{' '.join(map(str, arguments))} failed")
-    os.sync()
-    return time.monotonic() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9
+    flush(target)
+    seconds, processor = time.monotonic() - start, usage.ru_utime + usage.ru_stime
+    return Cost(seconds, processor, peaks.anonymous / 2**20, peaks.resident / 2**20)
 
 
-def copy(source: Path, target: Path) -> tuple[float, float]:
-    """(seconds until all is on the disk, the processor's seconds) of copying a folder."""
-    os.sync()
-    time.sleep(SETTLED)
+def copy(source: Path, target: Path) -> Cost:
+    """Copies a folder."""
     start, before = time.monotonic(), time.process_time()
     shutil.copytree(source, target)
-    os.sync()
-    return time.monotonic() - start, time.process_time() - before
+    flush(target)
+    cost = Cost(time.monotonic() - start, time.process_time() - before)
+    shutil.rmtree(target)
+    time.sleep(SETTLED)
+    return cost
+
+
+def report(label: str, cost: Cost, copies: tuple[Cost, Cost] | None = None) -> None:
+    ratios, peaks = "", ""
+    if copies is not None:
+        seconds, processor = (sum(getattr(c, name) for c in copies) / 2 for name in ("seconds", "processor"))
+        ratios = f"{cost.seconds / seconds:>7.2f} {cost.processor / processor:>7.2f}"
+        peaks = f"{cost.anonymous:>10.2f} {cost.resident:>9.2f}"
+    print(f"{label:<22} {cost.seconds:>8.1f} {cost.processor:>10.1f} {ratios:>15} {peaks}", flush=True)
+
+
+def measure(options: argparse.Namespace, label: str, source: Path, target: Path, idle: Cost, *words: object) -> None:
+    """Prints the cost of a conversion, and of copies before and after it."""
+    before = copy(source, source.with_name("copy"))
+    report("copy", before)
+    if options.kill:
+        convert(options, target, *words, kill_at=written(source) / 2)
+        left = [path.name for path in target.parent.iterdir() if path.name.startswith(target.name)]
+        print(f"killed at half; left behind: {', '.join(left)}; the same command again:", flush=True)
+    cost = convert(options, target, *words)
+    after = copy(source, source.with_name("copy")) if options.copies > 1 else before
+    cost = Cost(cost.seconds - idle.seconds, cost.processor - idle.processor, cost.anonymous, cost.resident)
+    report(label, cost, (before, after))
+    if options.copies > 1:
+        report("copy", after)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=4.0, help="of weights, about (default: %(default)s)")
+    parser.add_argument("--config", help="config.json of a model, in place of --gigabytes")
+    parser.add_argument("--tensor", type=int, default=1, help="tensor parallel size (default: %(default)s)")
+    parser.add_argument("--pipeline", type=int, default=1, help="pipeline parallel size (default: %(default)s)")
+    parser.add_argument("--copies", type=int, choices=(1, 2), default=2, help="1: only before (default: %(default)s)")
+    parser.add_argument("--kill", action="store_true", help="kill each conversion at half, and run it again")
     parser.add_argument("--folder", help="where to work (default: the system's folder for temporary files)")
     options = parser.parse_args()
-    embedding = 2 * ROWS * HIDDEN
-    a_layer = 2 * sum(shape.numel() for shape in shapes(1).values()) - embedding
-    layers = max(1, round((options.gigabytes * 1e9 - embedding) / a_layer))
+    hf_config = read_config_file(Path(options.config)) if options.config else small(options.gigabytes)
+    shapes = shapes_of(hf_config)
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         work = Path(name)
         (work / "empty").mkdir()
-        sidecar_files = SidecarFiles(work / "empty", config(layers).to_json_string())
-        write_folder(work / "hf", sidecar_files, shapes(layers), torch.bfloat16, tensors(layers))
-        size = sum(path.stat().st_size for path in (work / "hf").iterdir()) / 1e9
-        bound = size + embedding / 1e9 + 1
-        print(f"{size:.2f} GB, largest tensor {embedding / 1e9:.2f} GB; bound on memory {bound:.2f} GB")
-        idle, idle_cpu, _ = convert("verify", "--hf-path", tiny(work / "tiny"))
-        print(f"imports and a tiny model: {idle:.1f} s, of the processor {idle_cpu:.1f} s, taken off below")
-        print(f"{'':<16} {'seconds':>8} {'of copying':>11} {'processor':>10} {'peak GB':>8}")
-        for label, arguments in {
-            "hf-to-megatron": ("hf-to-megatron", "--hf-path", work / "hf", "--save", work / "megatron"),
-            "megatron-to-hf": ("megatron-to-hf", "--load", work / "megatron", "--save-hf", work / "back"),
-        }.items():  # fmt: skip
-            copied, copied_cpu = copy(work / "hf", work / "copy")
-            shutil.rmtree(work / "copy")
-            print(f"{'copy':<16} {copied:>8.1f} {1:>11.2f} {copied_cpu:>10.1f}")
-            time.sleep(SETTLED)
-            seconds, cpu, peak = convert(*arguments)
-            seconds, cpu = seconds - idle, cpu - idle_cpu
-            print(f"{label:<16} {seconds:>8.1f} {seconds / copied:>11.2f} {cpu:>10.1f} {peak:>8.2f}", flush=True)
-        same = same_tensors(work / "hf", work / "back")
-        print("every tensor came back bit by bit" if same else "TENSORS DIFFER")
+        hf, megatron, back = work / "hf", work / "megatron", work / "back"
+        sidecar_files = SidecarFiles(work / "empty", hf_config.to_json_string())
+        write_folder(
+            hf, sidecar_files, shapes, torch.bfloat16, ((name, tensor_of(name, s)) for name, s in shapes.items())
+        )
+        largest = max(shape.numel() for shape in shapes.values()) * 2
+        print(f"{written(hf) / 1e9:.2f} GB in {len(shapes)} tensors, largest {largest / 1e9:.2f} GB")
+        print("load of the machine:", *os.getloadavg())
+        small_model = "hf-to-megatron", "--hf-path", tiny(work / "tiny"), "--save", work / "tiny-megatron"
+        idle = convert(options, work / "tiny-megatron", *small_model)
+        print(
+            f"a tiny model: {idle.seconds:.1f} s, of the processor {idle.processor:.1f} s, taken off below; "
+            f"{idle.anonymous:.2f} GiB anonymous"
+        )
+        print(f"{'':<22} {'seconds':>8} {'processor':>10} {'ratio':>7} {'of CPU':>7} {'anonymous':>10} {'resident':>9}")
+        measure(options, "hf-to-megatron", hf, megatron, idle, "hf-to-megatron", "--hf-path", hf, "--save", megatron)
+        shutil.rmtree(hf)  # room for the way back
+        measure(
+            options, "megatron-to-hf", megatron, back, idle, "megatron-to-hf", "--load", megatron, "--save-hf", back
+        )
+        print("every tensor came back bit by bit" if came_back(back, shapes) else "TENSORS DIFFER")
 
 
-def same_tensors(one: Path, other: Path) -> bool:
-    from megatron_solopo.conversion.hf_folder import TensorReader
-
-    ours, theirs = TensorReader(one), TensorReader(other)
-    if ours.names() != theirs.names():
-        return False
-    return all(torch.equal(ours.get(n).view(torch.int16), theirs.get(n).view(torch.int16)) for n in ours.names())
+def came_back(folder: Path, shapes: Mapping[str, torch.Size]) -> bool:
+    reader = TensorReader(folder)
+    return reader.names() == shapes.keys() and all(
+        torch.equal(reader.get(name).view(torch.int16), tensor_of(name, shape).view(torch.int16))
+        for name, shape in shapes.items()
+    )
 
 
 if __name__ == "__main__":

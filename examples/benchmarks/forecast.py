@@ -67,7 +67,8 @@ def measure(case: str, count: int) -> list[float]:
 
     here = platform.start("cpu")
     from megatron_solopo.training import engine as engines
-    from megatron_solopo.training import step as steps
+    from megatron_solopo.training.step import train_step
+    from megatron_solopo.training.step_work import training_work
 
     config = config_of(case)
     engines.initialize_parallel(config)
@@ -87,10 +88,10 @@ def measure(case: str, count: int) -> list[float]:
     )
     memory: Any = SimpleNamespace(on_this_rank=lambda: 0.0)
     seconds = []
-    with steps.training_work(engine, data, schedule, config, None) as work:
+    with training_work(engine, data, schedule, config, None) as work:
         for number in range(count + 1):
             begin = time.process_time()
-            steps.train_step(engine, optimizer, scheduler, data, schedule, work, number, config, memory)
+            train_step(engine, optimizer, scheduler, data, schedule, work, number, config, memory)
             seconds.append(time.process_time() - begin)
     engine.close()
     platform.stop(here)

@@ -116,7 +116,8 @@ def measured_step(config: Config, hf_config: PretrainedConfig, groups: Sequence[
     from megatron_solopo.model.router import Router
     from megatron_solopo.parallel import platform
     from megatron_solopo.training import engine as engines
-    from megatron_solopo.training import step as steps
+    from megatron_solopo.training.step import train_step
+    from megatron_solopo.training.step_work import training_work
 
     routing = Router.routing
 
@@ -147,10 +148,10 @@ def measured_step(config: Config, hf_config: PretrainedConfig, groups: Sequence[
             total=1,
         )
         memory: Any = SimpleNamespace(on_this_rank=lambda: 0.0)
-        with steps.training_work(engine, data, schedule, config, None) as work:
+        with training_work(engine, data, schedule, config, None) as work:
             for number in range(2):
                 with record_function(f"step {number}"):
-                    steps.train_step(engine, optimizer, scheduler, data, schedule, work, number, config, memory)
+                    train_step(engine, optimizer, scheduler, data, schedule, work, number, config, memory)
         engine.close()
         del engine, optimizer, scheduler, work
         platform.end_model_parallel()  # collects garbage

@@ -20,13 +20,17 @@ WORK_REMAINS=75 # EX_TEMPFAIL of sysexits.h: start the same command again
 # other two it kills its processes 30 seconds later, saved or not (torch 2.11, PContext.close). So it ignores all three,
 # and this shell forwards them to its processes.
 train() {
-    local agent status
+    local agent status logs=()
+    if [[ -n "${LOG_DIR:-}" ]]; then # a file for each process; on the terminal its lines begin with rank and host
+        export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE="[rank \${rank} on $(hostname)] "
+        logs=(--log-dir "$LOG_DIR/node$NODE_RANK" --tee 3)
+    fi
     SOLOPO_STOPPED_FILE=$(mktemp) || return 2 # the first process of the node writes here when the run stops early
     export SOLOPO_STOPPED_FILE
     trap ':' USR1 TERM INT # ends `wait` below
     (
         trap '' USR1 TERM INT
-        exec "$PYTHON" -m megatron_solopo.launch "${rendezvous[@]}" --nnodes "$NNODES" \
+        exec "$PYTHON" -m megatron_solopo.launch "${rendezvous[@]}" "${logs[@]}" --nnodes "$NNODES" \
             --nproc-per-node "$GPUS_PER_NODE" --max-restarts "$MAX_RESTARTS" --signals-to-handle SIGHUP,SIGQUIT \
             "$repository/pretrain_solopo.py" "$@" --auto-resume --exit-signal-handler
     ) &

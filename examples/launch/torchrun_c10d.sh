@@ -19,6 +19,6 @@ is_host=0
 # shellcheck disable=SC2034 # read by train
 rendezvous=(
     --rdzv-backend c10d --rdzv-id "$RDZV_ID" --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT"
-    --rdzv-conf "is_host=$is_host,read_timeout=$RDZV_TIMEOUT,join_timeout=$RDZV_TIMEOUT"
+    --rdzv-conf "is_host=$is_host,read_timeout=$RDZV_TIMEOUT,join_timeout=$RDZV_TIMEOUT${RDZV_CONF:+,$RDZV_CONF}"
 )
 train "$@"

@@ -14,8 +14,8 @@ from megatron_solopo.planning.operators import causal_pairs, windowed_pairs
 from megatron_solopo.planning.process import Shape
 
 FLOPS_COUNTED = (
-    "products of the layers: 2 operations a weight and token; attention: 4 for each pair of tokens that attend (causal "
-    "pairs once, those in a layer's window) and each of its channels and layers; recurrent layers: 6 a token "
+    "products of the layers: 2 operations a weight and token; attention: 2 for each pair of tokens that attend (causal "
+    "pairs once, those in a layer's window), layer, and channel of keys and of values; recurrent layers: 6 a token "
     "and number of a state; output layer: 2 a weight and predicted token; padding is not counted; "
     "backward = 2 x forward, recomputing is not counted"
 )
@@ -57,7 +57,7 @@ def flops_of(hf_config: PretrainedConfig, pieces: Iterable[tuple[int, int]], pre
         pairs += windowed * windowed_pairs(length, before + length, window)
     products = 2 * shape.layers * layer * tokens + 2 * hf_config.vocab_size * shape.hidden * predicted
     rules = recurrent * tokens * rule_operations(hf_config)
-    return Flops(3.0 * products, 3.0 * (4 * pairs * shape.queries + rules))
+    return Flops(3.0 * products, 3.0 * (2 * pairs * (shape.queries + shape.values) + rules))
 
 
 def flops_of_packs(hf_config: PretrainedConfig, packs: Sequence[Pack]) -> Flops:

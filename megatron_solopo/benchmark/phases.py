@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 from megatron_solopo.benchmark.jobs import synchronize
-from megatron_solopo.training import step
+from megatron_solopo.training import step_work
 from megatron_solopo.training.profiling import NAMES
 from megatron_solopo.training.trainer import Trainer
 
@@ -93,7 +93,7 @@ class Clock:
         settings.timers = self.timer
         try:
             with (
-                mock.patch.object(step, "step_work", self.counted(PACKS, step.step_work)),
+                mock.patch.object(step_work, "step_work", self.counted(PACKS, step_work.step_work)),
                 mock.patch.object(trainer.profiler, "phase", self.phase),
                 mock.patch.object(trainer.log, "step", self.counted(LOG, trainer.log.step)),
             ):

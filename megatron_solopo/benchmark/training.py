@@ -77,7 +77,7 @@ def shown(options: Sequence[str]) -> str:
 
 def packs_of(trainer: Any) -> list[Any]:
     """Returns the packs of a step; all steps have the same examples."""
-    from megatron_solopo.training.step import make_packs
+    from megatron_solopo.training.step_work import make_packs
 
     examples = range(len(trainer.data.train.groups))
     return [pack.pack for pack in make_packs(trainer.engine, trainer.data.train, examples, trainer.config)]

@@ -40,6 +40,7 @@ from megatron_solopo.lora_options import (
     alpha_of,
     modules_of,
 )
+from megatron_solopo.model.families.fields import has_latents
 from megatron_solopo.model.families.operators import Entry, Rename
 from megatron_solopo.model.families.projections import adapted, chosen_projections, projection_of, projections_of
 from megatron_solopo.model.hf_config import outer_model_type
@@ -104,6 +105,12 @@ def check_adapters(options: ModelConfig, hf_config: PretrainedConfig) -> None:
 def _check_modules(options: ModelConfig, hf_config: PretrainedConfig) -> None:
     """Refuses --lora-modules, or its default, if the model's folder has no tensor for a projection, or PEFT finds a
     name where there are no adapters."""
+    if has_latents(hf_config):
+        raise UserError(
+            "adapter-unsupported",
+            f"--lora-rank: attention of {hf_config.model_type} makes keys and values of latents, whose matrices "
+            "have no adapters here; train all weights",
+        )
     available, chosen = projections_of(hf_config), chosen_projections(hf_config, options)
     shared = any(".shared_experts." in matrix.path for matrix in adapted(hf_config))
     if shared and not {*MLP}.isdisjoint(chosen):

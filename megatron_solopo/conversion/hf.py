@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -23,7 +23,7 @@ from megatron_solopo.conversion.sidecar_files import SidecarFiles, config_json
 from megatron_solopo.conversion.stored import StoredWeights
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.families.moe import in_one_tensor
-from megatron_solopo.model.families.operators import Entry, part_of
+from megatron_solopo.model.families.operators import Entry, Operator, part_of
 from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.model.hf_config import outer_model_type
 from megatron_solopo.model.lora import is_adapter
@@ -90,6 +90,11 @@ def _split_dimension(parameter: torch.nn.Parameter) -> int | None:
     return parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
 
 
+def split_size(entry: Entry, parameter: torch.nn.Parameter) -> int:
+    """Returns the number of processes over which a parameter is split."""
+    return 1 if _split_dimension(parameter) is None else tensor_group(entry).size()
+
+
 def local_part(entry: Entry, parameter: torch.nn.Parameter) -> tuple[int, int, int | None]:
     """Returns (index of this process's part, number of parts, the split dimension) of a parameter, for `Operator.fill`;
     (0, 1, None) if the parameter is not split."""
@@ -106,8 +111,8 @@ def hf_shapes(chunks: Sequence[GPTModel], hf_config: PretrainedConfig, stacked: 
     for chunk in chunks:
         for entry, names, parameter in named_entries(chunk, hf_config, stacked):
             dimension = _split_dimension(parameter)
-            count = 1 if dimension is None else tensor_group(entry).size()
-            joined = entry.operator.join([torch.empty_like(parameter, device="meta")] * count, dimension)
+            parts = [torch.empty_like(parameter, device="meta")] * split_size(entry, parameter)
+            joined = entry.operator.join(parts, dimension)
             shapes |= {name: part.shape for name, part in zip(names, entry.operator.to_hf(joined), strict=True)}
     for group in (
         parallel_state.get_expert_model_parallel_group(),
@@ -192,22 +197,19 @@ def _wire_device() -> torch.device:
 
 
 def _hf_tensors_of_chunk(entries: Entered, stored: StoredWeights | None) -> Iterator[tuple[str, Tensor]]:
-    """Yields the tensors of a model chunk and of all its experts, joined over tensor-parallel processes."""
+    """Yields the tensors of a model chunk and of all its experts, joined over tensor-parallel processes; on the first
+    process of each group alone."""
     for entry, names, parameter in entries:
         if stored is not None:
             stored.map(parameter)
-        joined, dimension = parameter.detach(), _split_dimension(parameter)
-        if dimension is not None and tensor_group(entry).size() > 1:
-            joined = entry.operator.join(_gather(joined, tensor_group(entry)), dimension)
-        if entry.of_experts:
+        group, dimension = tensor_group(entry), _split_dimension(parameter)
+        joined: Tensor | None = parameter.detach()
+        if dimension is not None and group.size() > 1:
+            joined = _joined(entry.operator, parameter, group, dimension, stored)
+        experts: Iterable[tuple[tuple[str, ...], Tensor]] = [] if joined is None else [(names, joined)]
+        if entry.of_experts and joined is not None:
             # All processes reach their n-th expert at the same time.
-            group = parallel_state.get_expert_model_parallel_group()
-            names_by_rank = [names] * group.size()
-            if group.size() > 1:
-                dist.all_gather_object(names_by_rank, names, group=group)
-            experts = zip(names_by_rank, _gather(joined, group), strict=True)
-        else:
-            experts = [(names, joined)]
+            experts = _of_all_experts(names, joined, parallel_state.get_expert_model_parallel_group())
         for expert_names, weights in experts:
             for name, tensor in zip(expert_names, entry.operator.to_hf(weights), strict=True):
                 yield name, tensor.cpu().contiguous()
@@ -215,13 +217,51 @@ def _hf_tensors_of_chunk(entries: Entered, stored: StoredWeights | None) -> Iter
             stored.release(parameter)
 
 
-def _gather(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
-    """Returns the tensors of all processes of a group; they have one shape."""
-    if group.size() == 1:
-        return [tensor]
-    parts = [torch.empty_like(tensor) for _ in range(group.size())]
-    dist.all_gather(parts, tensor.contiguous(), group=group)
-    return parts
+def _joined(
+    operator: Operator,
+    parameter: torch.nn.Parameter,
+    group: dist.ProcessGroup,
+    dimension: int,
+    stored: StoredWeights | None,
+) -> Tensor | None:
+    """Returns the unsplit parameter on the first process of a group, None on the others.
+
+    The first process receives each shard where it belongs, so that it holds the parameter once.
+    """
+    if group.rank() > 0:
+        for piece in operator.pieces(parameter.detach()):
+            dist.send(piece.contiguous(), group=group, group_dst=0)
+        return None
+    full = operator.empty(parameter.detach(), group.size(), dimension)
+    own = operator.slots(full, 0, group.size(), dimension)
+    for slot, piece in zip(own, operator.pieces(parameter.detach()), strict=True):
+        slot.copy_(piece)
+    if stored is not None:
+        stored.release(parameter)
+    for rank in range(1, group.size()):
+        for slot in operator.slots(full, rank, group.size(), dimension):
+            received = slot if slot.is_contiguous() else torch.empty_like(slot, memory_format=torch.contiguous_format)
+            dist.recv(received, group=group, group_src=rank)
+            if received is not slot:
+                slot.copy_(received)
+    return full
+
+
+def _of_all_experts(
+    names: tuple[str, ...], weights: Tensor, group: dist.ProcessGroup
+) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    """Yields (names, parameter) of the expert of each process of a group in turn; the first process alone."""
+    if group.rank() > 0:
+        dist.send_object_list([names], group=group, group_dst=0)
+        dist.send(weights.contiguous(), group=group, group_dst=0)
+        return
+    yield names, weights
+    for rank in range(1, group.size()):
+        theirs: list[Any] = [None]
+        dist.recv_object_list(theirs, group=group, group_src=rank)
+        received = torch.empty_like(weights, memory_format=torch.contiguous_format)
+        dist.recv(received, group=group, group_src=rank)
+        yield theirs[0], received
 
 
 def kept_dtypes(hf_config: PretrainedConfig) -> dict[str, torch.dtype]:

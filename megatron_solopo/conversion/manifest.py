@@ -20,6 +20,9 @@ from megatron_solopo.errors import UserError
 LATEST = "latest_checkpointed_iteration.txt"
 """Megatron's name for the file that holds the number of the last complete checkpoint."""
 
+RELEASE = "release"
+"""Megatron's name for weights without an optimizer, in `LATEST` and as the folder; here iteration 0."""
+
 MANIFEST = "manifest.json"
 FORMAT = 1
 """Version of a checkpoint's content."""
@@ -40,8 +43,14 @@ every changed bit of a large one.
 
 
 def checkpoint_folder(folder: str | Path, iteration: int) -> Path:
-    """``iter_0000100``, as Megatron names it."""
-    return Path(folder) / f"iter_{iteration:07d}"
+    """``iter_0000100`` or `RELEASE`, as Megatron names them."""
+    return Path(folder) / (f"iter_{iteration:07d}" if iteration else RELEASE)
+
+
+def existing_folder(folder: Path, iteration: int) -> Path:
+    """Returns `checkpoint_folder`, or of iteration 0 that of earlier versions, if only that is there."""
+    named, earlier = checkpoint_folder(folder, iteration), folder / f"iter_{iteration:07d}"
+    return earlier if earlier.is_dir() and not named.is_dir() else named
 
 
 def iterations(folder: str | Path) -> list[int]:
@@ -60,6 +69,8 @@ def latest_iteration(folder: str | Path) -> int | None:
     if not path.is_file():
         return None
     text = path.read_text(errors="replace").strip()
+    if text == RELEASE:
+        return 0
     if not (text.isascii() and text.isdigit()):
         raise UserError(
             "file-damaged",
@@ -71,7 +82,7 @@ def latest_iteration(folder: str | Path) -> int | None:
 
 def write_latest(folder: Path, iteration: int) -> None:
     """Records the iteration of the last complete checkpoint; atomic."""
-    write_text(folder / LATEST, f"{iteration}\n")
+    write_text(folder / LATEST, f"{iteration or RELEASE}\n")
 
 
 def describe_files(folder: Path, process: int = 0, processes: int = 1) -> Files:
@@ -132,7 +143,7 @@ def problem_of(folder: Path) -> str | None:
         return "the folder is missing"
     try:
         document = read_manifest(folder)
-        if checkpoint_folder(folder.parent, document["iteration"]).name != folder.name:
+        if existing_folder(folder.parent, document["iteration"]).name != folder.name:
             return f"{MANIFEST} belongs to iteration {document['iteration']}"
         present = {path.name: path for path in _files(folder)}
         for name, written in document["files"].items():
@@ -171,7 +182,7 @@ def find_checkpoint(folder: str | Path, ckpt_step: int | None, option: str = "--
             f"{option} {folder}: no complete checkpoint there ({LATEST} is missing)"
             + (_offer(folder) or f"; {mistaken(folder) or 'use the folder of a run'}"),
         )
-    source = checkpoint_folder(folder, iteration)
+    source = existing_folder(folder, iteration)
     problem = problem_of(source)
     if problem:
         source_option = f"{option} {folder}" if ckpt_step is None else f"--ckpt-step {ckpt_step}"
@@ -189,7 +200,8 @@ def find_checkpoint(folder: str | Path, ckpt_step: int | None, option: str = "--
 def mistaken(folder: Path) -> str | None:
     """Returns what a folder is that may be mistaken for a run folder, and what to do; None if nothing is recognised."""
     folder = folder.resolve()
-    if is_marked(folder) and (number := folder.name.removeprefix("iter_")).isdecimal():
+    number = "0" if folder.name == RELEASE else folder.name.removeprefix("iter_")
+    if (is_marked(folder) or (folder / ".metadata").is_file()) and number.isdecimal():
         return f"it is one checkpoint: use the folder of its run, {folder.parent}, and --ckpt-step {int(number)}"
     if (folder / "config.json").is_file():
         return "it is a Hugging Face folder: pass it as --hf-path"

@@ -1,8 +1,8 @@
 """Weights of a model in megatron-core's distributed format, which any layout writes and any other reads.
 
 A run's checkpoints hold them with the optimizer. A Megatron folder (`save_megatron_folder`) holds only weights, as
-iteration 0, with the config and tokenizer files of its Hugging Face folder, and may replace that folder in every
-option.
+Megatron-LM's ``release``, with the config and tokenizer files of its Hugging Face folder, and may replace that folder
+in every option; Megatron-LM and Megatron-Bridge start from it too where they have the model (`trainers`).
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import apply_factories
+from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factories
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.models.gpt.gpt_model import GPTModel
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_solopo.atomic import folder_aside
 from megatron_solopo.conversion.hf_weights import HfWeights
@@ -28,6 +29,7 @@ from megatron_solopo.conversion.places import put_in_place, restore
 from megatron_solopo.conversion.sharded_write import ShardedWrite, WriteItem
 from megatron_solopo.conversion.sidecar_files import SidecarFiles
 from megatron_solopo.conversion.stored import StoredWeights, parts_of_parameters
+from megatron_solopo.conversion.stored_index import StoredIndex
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.lora import has_adapters, is_adapter
 from megatron_solopo.model.transformer_engine import UNSAFE_PICKLES
@@ -118,14 +120,22 @@ def reason_of(error: BaseException) -> str:
 
 def stored_dtype(source: Path) -> torch.dtype:
     """The dtype of the weights in a checkpoint, or of LoRA's adapters."""
-    tensors = dist_checkpointing.load_tensors_metadata(str(source))
+    tensors = {
+        key: value.properties.dtype
+        for key, value in StoredIndex(source).metadata.state_dict_metadata.items()
+        if isinstance(value, TensorStorageMetadata)
+    }
     if (embedding := tensors.get("embedding.word_embeddings.weight")) is not None:
-        return embedding.dtype
-    return next(value.dtype for key, value in tensors.items() if is_adapter(key) and not key.startswith("optimizer."))
+        return embedding
+    return next(dtype for key, dtype in tensors.items() if is_adapter(key) and not key.startswith("optimizer."))
 
 
 def save_megatron_folder(
-    models: Sequence[GPTModel], sidecar_files: SidecarFiles, target: Path, weights: HfWeights
+    models: Sequence[GPTModel],
+    sidecar_files: SidecarFiles,
+    target: Path,
+    weights: HfWeights | StoredWeights,
+    beside: dict[str, Any] | None = None,
 ) -> None:
     """Writes a Megatron folder; collective. A model in ``target`` is replaced once all is written.
 
@@ -134,6 +144,7 @@ def save_megatron_folder(
         sidecar_files: config and tokenizer files beside the weights.
         weights: of the model. On the CPU each parameter is filled when it is written and emptied afterwards, so that
             one at a time is in memory.
+        beside: what the checkpoint holds beside tensors, see `trainers.state_of_trainers`.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written.
@@ -152,19 +163,21 @@ def save_megatron_folder(
         if device.type != "cpu":  # the writer copies all of them from the device first
             weights.fill_all()
         states, _ = model_states(models)
+        if beside is not None:
+            _add_empty_scales(models, states)
         apply_factories(states)
         owners = {}
         for parameter, parts in parts_of_parameters(models, [states[name] for name in chunk_names(models)]):
             for part in parts:
                 owners[part.data.data_ptr()] = parameter
         filling = _Filling(weights, owners)
-        write = ShardedWrite(states, step, device)
+        write = ShardedWrite(states | (beside or {}), step, device)
         with reporting(f"writing {target}"):
             write.run(iter if device.type != "cpu" else filling)
             failed = write.finish()
         problem = first_error((str(filling.error) if filling.error else "") or failed)
     if problem is None:
-        problem = first_error(run_on_rank0(lambda: _publish(aside, sidecar_files, target)))
+        problem = first_error(run_on_rank0(lambda: _publish(aside, sidecar_files, target, beside)))
     if problem is not None:
         if dist.get_rank() == 0:
             shutil.rmtree(aside, ignore_errors=True)
@@ -183,7 +196,7 @@ class _Filling:
         error: why a parameter could not be filled; megatron-core's writer would report it as a failed write.
     """
 
-    def __init__(self, weights: HfWeights, owners: Mapping[int, torch.nn.Parameter]) -> None:
+    def __init__(self, weights: HfWeights | StoredWeights, owners: Mapping[int, torch.nn.Parameter]) -> None:
         self._weights, self._owners, self.error = weights, owners, None
 
     def __call__(self, items: Sequence[WriteItem]) -> Iterator[WriteItem]:
@@ -207,8 +220,32 @@ class _Filling:
                 parameter.untyped_storage().resize_(0)  # frees the memory of ``tensor`` too
 
 
-def _publish(aside: Path, sidecar_files: SidecarFiles, target: Path) -> None:
+def _add_empty_scales(models: Sequence[GPTModel], states: dict[str, Any]) -> None:
+    """Adds the empty entries of Transformer Engine's layers, which megatron-core asks for by name when it loads them:
+    those that it writes for its own matrices, and those of norms, which only Transformer Engine has."""
+    for state, model in zip(states.values(), models, strict=True):
+        norms = {key: part for key, part in state.items() if key.endswith("layernorm.weight")}
+        state |= {
+            key: part
+            for key, part in model.sharded_state_dict(metadata=dict(METADATA)).items()
+            if key.endswith(FP8_SCALES)
+        }
+        for key, part in norms.items():
+            if part.key.endswith("layernorm.weight"):  # not fused with a matrix
+                axes = slice(part.prepend_axis_num)
+                place = (part.global_shape[axes], part.global_offset[axes]) if part.prepend_axis_num else ((1,), (0,))
+                entry = ShardedObject(_of_module(part.key), None, *place, part.replica_id)
+                state[_of_module(key)] = entry
+
+
+def _of_module(weight: str) -> str:
+    return weight.removesuffix(".weight") + FP8_SCALES
+
+
+def _publish(aside: Path, sidecar_files: SidecarFiles, target: Path, beside: dict[str, Any] | None) -> None:
     folder = checkpoint_folder(aside, 0)
+    if beside is not None:  # for readers before megatron-core 0.19, which has it among the tensors' files
+        torch.save(beside, folder / COMMON_STATE_FNAME)
     write_manifest(folder, 0, {}, {}, describe_files(folder))
     sidecar_files.write(aside)
     write_latest(aside, 0)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_solopo.atomic import folder_aside, put_folder, replaced, restore_folder
-from megatron_solopo.conversion.manifest import is_marked
+from megatron_solopo.conversion.manifest import RELEASE, is_marked
 from megatron_solopo.errors import UserError
 from megatron_solopo.lora_options import CONFIG
 
@@ -121,7 +121,8 @@ def check_apart(option: str, folder: Path, others: Mapping[str, str | Path | Non
             )
     runs = (run.resolve(),) if run is not None else ()
     for place in (targets[0], *targets[0].parents):
-        if place.name.startswith("iter_") and (is_marked(place) or place.parent in runs):
+        weights = place.name == RELEASE and is_marked(place)
+        if weights or (place.name.startswith("iter_") and (is_marked(place) or place.parent in runs)):
             raise UserError(
                 "folder-overlap",
                 f"{option} {folder}: lies in the checkpoint {place}, whose manifest would not match; choose another "

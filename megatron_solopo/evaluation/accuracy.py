@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -15,7 +15,7 @@ from megatron_solopo.evaluation.depth import depth_parts
 from megatron_solopo.evaluation.intervals import intervals_text
 from megatron_solopo.evaluation.paired import paired_parts
 from megatron_solopo.evaluation.plots import Look, draw_accuracy
-from megatron_solopo.evaluation.results import Evaluation, LengthResult, accuracy_by_length, labels_of
+from megatron_solopo.evaluation.results import Evaluation, LengthResult, Point, accuracy_by_length, labels_of
 from megatron_solopo.evaluation.tables import markdown_table
 from megatron_solopo.metrics import metric_of
 
@@ -54,25 +54,54 @@ def accuracy_section(
         if task:
             parts.append(f"### {task}")
         named = f"-{task}" if task else "" if len(asked) == 1 else f"-{unit}"
-        if len({result.length for _, result in results}) > 1 or not task:
-            tokens: dict[float, list[float]] = defaultdict(list)
-            for _, result in results:
-                tokens[result.length].append(result.mean_prompt_tokens)
-            figure = output.with_name(f"{output.stem}-accuracy{named}.png")
-            title = metric_of(drawn).label
-            draw_accuracy(figure, series, looks, title, unit, {length: fmean(of) for length, of in tokens.items()})
-            figures.append(figure)
-            seeds = [point.seeds for points in series.values() for point in points]
-            caption = f"{title} by context length; {_questions(results)}. {_spread(seeds, _method(results, drawn))}."
-            parts += [f"![{title} by context length in {unit}]({figure.name})", f"*{caption}*"]
-        parts.append(accuracy_table(evaluations, unit, drawn, task))
-        if others := [other for other in of_task if other != drawn]:
-            parts.append(_by_length(evaluations, unit, others, "{0.mean:.2f}", task))
+        figure = output.with_name(f"{output.stem}-accuracy{named}.png")
+        parts += _figure_and_table(figure, series, results, evaluations, looks, drawn, figures)
+        others = [other for other in of_task if other != drawn]
+        if of_shares := [other for other in others if metric_of(other).is_share]:
+            parts.append(_by_length(evaluations, unit, of_shares, "{0.mean:.2f}", task))
         if cut := _cut_answers(results):
             parts.append(cut)
-        parts += depth_parts(output.with_name(f"{output.stem}-depth{named}.png"), results, drawn, figures)
+        if metric_of(drawn).is_share:
+            parts += depth_parts(output.with_name(f"{output.stem}-depth{named}.png"), results, drawn, figures)
         parts += paired_parts(evaluations, task, unit, drawn)
+        for other in (other for other in others if not metric_of(other).is_share):
+            points = {one: of for one in labels if (of := accuracy_by_length(evaluations, one, unit, other, task))}
+            figure = output.with_name(f"{output.stem}-{other.replace('_', '-')}{named}.png")
+            parts += _figure_and_table(figure, points, results, evaluations, looks, other, figures)
+            parts += paired_parts(evaluations, task, unit, other)
     return [*parts, "Where the numbers come from:", _sources(evaluations)]
+
+
+def _figure_and_table(
+    figure: Path,
+    series: Mapping[str, Sequence[Point]],
+    results: Sequence[tuple[str, LengthResult]],
+    evaluations: Sequence[Evaluation],
+    looks: Mapping[str, Look],
+    metric: str,
+    figures: list[Path],
+) -> list[str]:
+    """Returns the curves of one metric with their caption, and its table; a benchmark's single length is not drawn.
+
+    Args:
+        figure: its path, which is added to ``figures`` where it is drawn.
+        series: label -> points.
+        results: (label, result) of one task.
+    """
+    task, unit = results[0][1].task, results[0][1].unit
+    parts = []
+    if len({result.length for _, result in results}) > 1 or not task:
+        tokens: dict[float, list[float]] = defaultdict(list)
+        for _, result in results:
+            tokens[result.length].append(result.mean_prompt_tokens)
+        title = metric_of(metric).label
+        means = {length: fmean(of) for length, of in tokens.items()}
+        draw_accuracy(figure, series, looks, metric_of(metric), unit, means)
+        figures.append(figure)
+        seeds = [point.seeds for points in series.values() for point in points]
+        caption = f"{title} by context length; {_questions(results)}. {_spread(seeds, _method(results, metric))}."
+        parts += [f"![{title} by context length in {unit}]({figure.name})", f"*{caption}*"]
+    return [*parts, accuracy_table(evaluations, unit, metric, task)]
 
 
 def accuracy_table(evaluations: Sequence[Evaluation], unit: str, metric: str = "sub_em", task: str = "") -> str:

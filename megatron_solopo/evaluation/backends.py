@@ -97,7 +97,8 @@ class InProcess:
         add: Callable[[dict[int, Response]], None],
     ) -> list[Response]:
         prompts, batch_tokens = [item.prompts[index] for item in items], self._options.batch_tokens
-        return generate(self._model, self._tokenizer, prompts, max_new_tokens, batch_tokens, label, before, add)
+        golds = [item.gold for item in items] if items[0].gold else None
+        return generate(self._model, self._tokenizer, prompts, max_new_tokens, batch_tokens, label, before, add, golds)
 
     def choose(
         self,

@@ -7,7 +7,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 
 import transformers
@@ -22,6 +22,7 @@ from megatron_solopo.data.hf_model import check_reach
 from megatron_solopo.data.options import TokenizerOptions, check_outputs, files_of, prompt_format_of
 from megatron_solopo.data.sampling.server_options import check_server_options, set_defaults
 from megatron_solopo.data.scoring import SCORERS
+from megatron_solopo.data.text.chat import body_ids
 from megatron_solopo.data.text.text_facts import text_facts
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluation.backends import Backend, InProcess
@@ -40,6 +41,9 @@ from megatron_solopo.evaluation.results import LengthResult, length_label, predi
 from megatron_solopo.evaluation.scored import score_responses, table_lines
 from megatron_solopo.evaluation.tasks import Chosen, Setting, chosen_tasks, tasks
 from megatron_solopo.evaluation.tasks.multiple_choice import LETTERS
+
+ANSWERED_BY = ("source", "limit", "max_new_tokens", "seed", "depths", "gold_log_prob")
+"""Options that what is on disk of an interrupted evaluation was made with."""
 
 
 def _full(name: str) -> str:
@@ -113,6 +117,14 @@ def _parts(options: argparse.Namespace, chosen: Sequence[Chosen]) -> list[_Part]
     flag, depths = f"--context-{unit}", depths_option(options.depths)
     given = getattr(options, f"context_{unit}")
     sizes = lengths_option(flag, given) if given is not None else []
+    if options.gold_log_prob and chosen:
+        raise UserError("option-unused", "--gold-log-prob has no effect with --tasks; leave it out")
+    if options.gold_log_prob and options.server and options.server_api == "chat":
+        raise UserError(
+            "option-conflict",
+            "--gold-log-prob with --server-api chat: a chat's answer has no log-probs of a given text; use "
+            "--server-api completions",
+        )
     if not chosen:
         if not sizes:
             raise UserError("option-missing", "--context-tokens or --context-documents is missing: set the lengths")
@@ -173,10 +185,14 @@ def _asked(
         if trained is not None:
             items = trained.without(items, left_out)
             check_some(items, left_out)
+        new_tokens = part.max_new_tokens
+        if options.gold_log_prob:
+            items = [replace(one, gold=body_ids(tokenizer, one.chats[0], one.answers[0])) for one in items]
+            new_tokens = max(new_tokens, *(len(item.gold) for item in items))
         for index, size in enumerate(part.sizes):
             longest = max(len(item.prompts[index]) for item in items)
             where = f"--context-{part.unit} {size}" if part.unit != "choices" else f"--tasks {part.task}"
-            _check_reach(options, longest, part.max_new_tokens, where)
+            _check_reach(options, longest, new_tokens, where)
         named = f"{part.task}: " if part.task else ""
         at_depths = len(items) // len({item.id for item in items})
         deep = f" and at {at_depths} depths" if at_depths > 1 else ""
@@ -217,7 +233,7 @@ def _evaluate(
             **backend.settings,
             **text_facts(named.folder, tokenizer),
             **{name: fingerprint(of_name) for name, of_name in files.items()},
-            **{name: getattr(options, name) for name in ("source", "limit", "max_new_tokens", "seed", "depths")},
+            **{name: getattr(options, name) for name in ANSWERED_BY},
             "prompt_format": asdict(prompt_format_of(options)),
             "asked": [[part.task, part.unit, *part.sizes] for part in parts],
         }

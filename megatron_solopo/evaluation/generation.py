@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
+from transformers.cache_utils import Cache, DynamicLayer
 
 from megatron_solopo.data.hf_model import check_rows, stop_ids
 from megatron_solopo.progress import ProgressBar
@@ -17,10 +18,15 @@ DEFAULT_BATCH_TOKENS = 32768  # about 2 GB of keys and values for a 7B model wit
 
 @dataclass(frozen=True)
 class Response:
-    """What a model answered; ``finished`` is False where it was cut after the most new tokens."""
+    """What a model answered; ``finished`` is False where it was cut after the most new tokens.
+
+    Attributes:
+        gold_log_prob: mean log-prob of the gold answer's tokens after the prompt, nats per token; None: not wanted.
+    """
 
     text: str
     finished: bool
+    gold_log_prob: float | None = None
 
 
 def batches_by_length(lengths: Sequence[int], new_tokens: int, batch_tokens: int) -> list[list[int]]:
@@ -50,6 +56,7 @@ def generate(
     progress: str = "answering",
     generated: Mapping[int, Response] | None = None,
     add: Callable[[dict[int, Response]], None] | None = None,
+    golds: Sequence[Sequence[int]] | None = None,
 ) -> list[Response]:
     """Returns the greedy response to each prompt, in the order of the prompts.
 
@@ -64,14 +71,21 @@ def generate(
         progress: the name of its progress, counted in tokens of prompts.
         generated: responses of an earlier call by the index of their prompts; they are not generated again.
         add: called with the responses of each batch, by index.
+        golds: token ids of each prompt's gold answer, of which `Response.gold_log_prob` is wanted.
 
     Raises:
         UserError: the tokenizer has more ids than the model.
     """
-    check_rows(model, [max(prompt) for prompt in prompts], "--model")
+    check_rows(model, [max(ids) for ids in (*prompts, *(golds or ()))], "--model")
     stops = stop_ids(model, tokenizer)
     pad = stops[0]  # attended by nothing; the tokenizer's pad token may have no row in the model
-    config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stops, pad_token_id=pad)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=stops,
+        pad_token_id=pad,
+        return_dict_in_generate=True,
+    )
     lengths = [len(prompt) for prompt in prompts]
     responses = dict(generated or {})
     # transformers fills unset fields from the model's generation config, which is therefore replaced meanwhile.
@@ -97,10 +111,13 @@ def generate(
             )
             steps.finish()
             answered = {}
-            for index, row in zip(batch, out[:, longest:].tolist(), strict=True):
+            of_golds: list[float | None] = [None] * len(batch)
+            if golds is not None:
+                of_golds = [*_gold_log_probs(model, ids, mask, [golds[index] for index in batch], out.past_key_values)]
+            for index, row, log_prob in zip(batch, out.sequences[:, longest:].tolist(), of_golds, strict=True):
                 end = next((position for position, token in enumerate(row) if token in stops), len(row))
                 text = str(tokenizer.decode(row[:end], skip_special_tokens=True))
-                answered[index] = Response(text, finished=end < len(row))
+                answered[index] = Response(text, end < len(row), log_prob)
             responses |= answered
             if add is not None:
                 add(answered)
@@ -108,6 +125,43 @@ def generate(
         bar.close()
         model.generation_config = kept
     return [responses[index] for index in range(len(prompts))]
+
+
+def _gold_log_probs(
+    model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, golds: Sequence[Sequence[int]], cache: Cache | None
+) -> list[float]:
+    """Returns the mean log-prob of each row's gold answer after its prompt, nats per token.
+
+    Args:
+        ids, mask: [rows, longest prompt], padded on the left.
+        cache: of the prompts and what was generated after them. Where it holds every key of every layer, its prompts
+            are not computed again; sliding windows and recurrent states are past the prompts.
+    """
+    known = 0
+    if cache is not None and all(type(layer) is DynamicLayer for layer in cache.layers):
+        known = ids.shape[1] - 1
+        for layer in cast("list[DynamicLayer]", cache.layers):
+            layer.keys, layer.values = layer.keys[..., :known, :], layer.values[..., :known, :]
+    kept = max(map(len, golds))
+    after = torch.zeros(len(golds), kept - 1, dtype=torch.long)
+    for row, gold in zip(after, golds, strict=True):
+        row[: len(gold) - 1] = torch.tensor(gold[:-1], dtype=torch.long)
+    ids = torch.cat([ids, after], 1)
+    mask = torch.cat([mask, torch.ones_like(after)], 1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(
+        input_ids=ids[:, known:].to(model.device),
+        attention_mask=mask.to(model.device),
+        position_ids=positions[:, known:].to(model.device),
+        past_key_values=cache if known else None,
+        use_cache=bool(known),
+        logits_to_keep=kept,
+    ).logits
+    log_probs = logits.float().log_softmax(-1).cpu()
+    return [
+        float(row[: len(gold)].gather(1, torch.tensor(gold)[:, None]).mean())
+        for row, gold in zip(log_probs, golds, strict=True)
+    ]
 
 
 @torch.inference_mode()

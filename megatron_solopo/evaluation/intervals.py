@@ -63,16 +63,16 @@ def mean_interval(metric: str, values: Sequence[float]) -> tuple[tuple[float, fl
     sub-EM and EM are 0 or 1 for each question (`Metric.binary`): Wilson's interval. F1, recall, and means of a
     question over depths lie between, and have the bootstrap's. Below `ENOUGH_FOR_BOOTSTRAP` questions that is too
     narrow (with one question it has no width), so they have Wilson's interval of their mean there: values in [0, 1]
-    vary at most as zeros and ones of the same mean do.
+    vary at most as zeros and ones of the same mean do. Log-probs have the bootstrap's whatever their number.
 
     Args:
-        values: one a question, in [0, 1].
+        values: one a question, within the metric's limits if it has any.
     """
     count = len(values)
     mean = sum(values) / count if count else 0.0
     if metric_of(metric).binary and all(value in (0, 1) for value in values):
         return wilson_interval(mean, count), "wilson"
-    if count < ENOUGH_FOR_BOOTSTRAP:
+    if count < ENOUGH_FOR_BOOTSTRAP and metric_of(metric).is_share:
         return wilson_interval(mean, count), "wilson_bound"
     return bootstrap_interval(values), "bootstrap"
 

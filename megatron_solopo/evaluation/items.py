@@ -30,6 +30,7 @@ class Item:
             for each depth of --depths.
         choices: token ids of the answers to choose from; (): the model writes its answer.
         chats: the messages of each prompt; []: prompts that are more than a chat's, or none.
+        gold: token ids of the first gold answer, whose log-prob after the prompt is wanted; []: it is not.
     """
 
     id: str
@@ -39,6 +40,7 @@ class Item:
     depth: float | None = None
     choices: tuple[list[int], ...] = ()
     chats: list[list[Message]] = field(default_factory=list)
+    gold: list[int] = field(default_factory=list)
 
 
 Depths = tuple[float | None, ...]

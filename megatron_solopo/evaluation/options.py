@@ -123,6 +123,12 @@ def build_parser() -> Parser:
         "part only; sub_em_plain is the paper's, any part of the text",
     )
     add_normalisation_option(group, "unicode")
+    group.add_argument(
+        "--gold-log-prob",
+        action="store_true",
+        help="with --data: score also the log-prob of each question's first gold answer after the prompt, nats per "
+        "token (gold_log_prob)",
+    )
     group = parser.add_argument_group("randomness")
     group.add_argument(
         "--seed",

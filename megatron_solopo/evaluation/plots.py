@@ -81,15 +81,15 @@ def draw_accuracy(
     path: Path,
     series: Mapping[str, Sequence[Point]],
     looks: Mapping[str, Look],
-    metric: str,
+    metric: Metric,
     unit: str,
     prompt_tokens: Mapping[float, float],
 ) -> None:
-    """Accuracy by context length, one line a label, with error bars.
+    """Accuracy, or another score, by context length, one line a label, with error bars.
 
     Args:
         series: label -> points whose x is the context length.
-        metric, unit: names on the axes.
+        unit: name on the axis.
         prompt_tokens: mean tokens of a prompt at each length, under the ticks.
     """
     figure = Figure(figsize=(6.4, 4.2))
@@ -117,10 +117,13 @@ def draw_accuracy(
     below = {length: f"\n({prompt_tokens[length]:,.0f})" if unit != "tokens" else "" for length in lengths}
     axes.set_xticks(lengths, [f"{length:,.0f}{below[length]}" for length in lengths])
     axes.minorticks_off()
-    axes.set_ylim(0, 1)
-    axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    if metric.is_share:
+        axes.set_ylim(0, 1)
+        axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    else:
+        _limit(axes, metric, pandas.concat([pandas.DataFrame(points) for points in series.values()]))
     axes.set_xlabel(f"Context length in {unit}" + ("" if unit == "tokens" else " (mean prompt tokens)"))
-    axes.set_ylabel(f"Accuracy ({metric})")
+    axes.set_ylabel(f"Accuracy ({metric.label})" if metric.is_share else f"{metric.title} ({metric.unit})")
     _legend(figure, *axes.get_legend_handles_labels())
     save_figure(figure, path)
 

@@ -20,8 +20,8 @@ from megatron_solopo.metrics import LABELS, Metric, from_json
 if TYPE_CHECKING:
     import pandas
 
-NOT_SHARED = ("seed", "context_documents", "context_tokens", "left_out")
-"""Settings in which the evaluations of one label may differ: seed, lengths, and what these left out."""
+NOT_SHARED = ("seed", "context_documents", "context_tokens", "left_out", "gold_log_prob")
+"""Settings in which the evaluations of one label may differ: seed, lengths, what these left out, a further score."""
 
 
 def length_label(length: int, unit: str, task: str = "") -> str:

@@ -11,7 +11,7 @@ from megatron_solopo.evaluation.generation import Response
 from megatron_solopo.evaluation.intervals import intervals_text, mean_interval
 from megatron_solopo.evaluation.items import Item
 from megatron_solopo.evaluation.results import LengthResult
-from megatron_solopo.evaluation.scorers import score_answer
+from megatron_solopo.evaluation.scorers import GOLD_LOG_PROB, score_answer
 from megatron_solopo.metrics import metric_of
 
 
@@ -39,6 +39,9 @@ def score_responses(
     scores = {
         name: [score_answer(name, one.text, item.answers, normalisation) for item, one in answered] for name in metrics
     }
+    log_probs = [one.gold_log_prob for one in responses if one.gold_log_prob is not None]
+    if log_probs:
+        scores[GOLD_LOG_PROB] = log_probs
     questions = list(dict.fromkeys(item.id for item in items))
     of_questions = {name: _means([item.id for item in items], values) for name, values in scores.items()}
     intervals = {name: mean_interval(name, list(values.values())) for name, values in of_questions.items()}
@@ -91,7 +94,7 @@ def table_lines(results: Sequence[LengthResult]) -> list[str]:
     for one in results:
         if [*one.means] != metrics:  # another task
             metrics = [*one.means]
-            heads = "".join(f"{metric_of(name).label:>22}" for name in metrics)
+            heads = "".join(f"{metric_of(name).label:>29}" for name in metrics)
             lines.append(f"{'context':<{width}}{'questions':>10}{'cut':>8}{'prompt tokens':>15}{heads}")
         cells = (
             f"{mean:.3f} [{one.intervals[name][0]:.3f}, {one.intervals[name][1]:.3f}]"
@@ -99,7 +102,7 @@ def table_lines(results: Sequence[LengthResult]) -> list[str]:
         )
         lines.append(
             f"{one.label:<{width}}{one.count:>10,}{one.cut or 0:>8,}{one.mean_prompt_tokens:>15,.1f}"
-            + "".join(f"{cell:>22}" for cell in cells)
+            + "".join(f"{cell:>29}" for cell in cells)
         )
     lines.append(f"[low, high]: 95 % intervals over questions; {intervals_text(one.methods for one in results)}")
     if any(one.cut for one in results):

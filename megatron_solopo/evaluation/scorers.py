@@ -87,6 +87,11 @@ def longbench_v2(prediction: str, answers: Sequence[str]) -> float:
     return choice(stated[1] or stated[2], answers) if stated else 0.0
 
 
+GOLD_LOG_PROB = "gold_log_prob"
+"""The score of --gold-log-prob, which the model computes and no text has."""
+register(Metric(GOLD_LOG_PROB, "log-prob of the gold answer", "nats per token", True, figure=ACCURACY))
+
+
 def score_answer(name: str, prediction: str, answers: Sequence[str], normalisation: str | None) -> float:
     """Returns a score by name; ``normalisation`` as in `scoring.score`, whose scores alone have one."""
     if name in SCORERS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -82,7 +83,11 @@ class FromServer:
                 body = self._client.body(prompt, **GREEDY, max_tokens=max_new_tokens)
                 name = _name(label, item)
                 read = partial(self._read, name, item.id, len(item.prompts[index]))
-                responses[number] = response = await self._client.ask(session, name, body, read)
+                response = await self._client.ask(session, name, body, read)
+                if item.gold:
+                    total = await self._log_prob(session, f"{name}/gold", item.prompts[index], item.gold)
+                    response = replace(response, gold_log_prob=total / len(item.gold))
+                responses[number] = response
                 add({number: response})
                 bar.update()
 
@@ -119,13 +124,9 @@ class FromServer:
             async def answer(session: openai.AsyncOpenAI, request: tuple[int, int]) -> None:
                 number, place = request
                 item = items[number]
-                tokens = item.choices[place]
-                prompt = [*item.prompts[index], *tokens]
-                body = self._client.body(prompt, **GREEDY, max_tokens=1, echo=True, logprobs=1)
-                name = f"{_name(label, item)}/{place}"
-                read = partial(self._log_prob, name, len(prompt), len(tokens))
+                name, tokens = f"{_name(label, item)}/{place}", item.choices[place]
                 of_item = scores.setdefault(number, {})
-                of_item[place] = await self._client.ask(session, name, body, read)
+                of_item[place] = await self._log_prob(session, name, item.prompts[index], tokens)
                 if len(of_item) == len(item.choices):
                     chosen[number] = best = max(sorted(of_item), key=of_item.__getitem__)
                     add({number: best})
@@ -137,7 +138,15 @@ class FromServer:
             )
         return [chosen[number] for number in range(len(items))]
 
-    def _log_prob(self, name: str, length: int, count: int, answer: Mapping[str, Any]) -> float:
+    async def _log_prob(
+        self, session: openai.AsyncOpenAI, name: str, prompt: Sequence[int], tokens: Sequence[int]
+    ) -> float:
+        """Asks for the log-prob of tokens after a prompt."""
+        ids = [*prompt, *tokens]
+        body = self._client.body(ids, **GREEDY, max_tokens=1, echo=True, logprobs=1)
+        return await self._client.ask(session, name, body, partial(self._read_log_prob, name, len(ids), len(tokens)))
+
+    def _read_log_prob(self, name: str, length: int, count: int, answer: Mapping[str, Any]) -> float:
         """Returns the log-prob of the last ``count`` of ``length`` tokens, which one generated token may follow."""
         self._client.choices(name, answer, 1)
         log_probs = answer["choices"][0].get("logprobs")
@@ -147,8 +156,8 @@ class FromServer:
             raise UserError(
                 "server-log-probs-missing",
                 f"--server {self._options.server}: request {name}: the answer has no log-probs of the prompt's tokens "
-                "(echo), by which choices are compared; use a server that returns them, such as vLLM, or evaluate the "
-                "folder without --server",
+                "(echo), by which choices and gold answers are scored; use a server that has them, such as vLLM, or "
+                "evaluate the folder without --server",
             )
         return float(sum(tokens))
 

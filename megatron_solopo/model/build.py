@@ -18,7 +18,7 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
     TransformerLayerSubmodules,
@@ -33,9 +33,16 @@ from megatron_solopo.model.attention import GatedSelfAttention, PackedAttention
 from megatron_solopo.model.delta_net import DeltaNetSubmodules, GatedDeltaNet
 from megatron_solopo.model.experts import Experts
 from megatron_solopo.model.families.family import Norms
-from megatron_solopo.model.families.fields import head_dim, linear_layers, mlp_width, window_options
+from megatron_solopo.model.families.fields import (
+    has_latents,
+    head_dim,
+    linear_layers,
+    mlp_width,
+    window_options,
+)
 from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.model.hf_config import padded_vocab_size
+from megatron_solopo.model.latent_attention import LatentAttention
 from megatron_solopo.model.lora import attach_adapters
 from megatron_solopo.model.norm import RMSNorm, SandwichLayer
 from megatron_solopo.model.offload import Offload
@@ -65,7 +72,7 @@ def transformer_config(hf_config: PretrainedConfig, config: Config, dtype: torch
         "moe_token_dispatcher_type": parallel.moe_token_dispatcher_type,
         "add_bias_linear": False,
     }
-    return TransformerConfig(
+    return (MLATransformerConfig if has_latents(hf_config) else TransformerConfig)(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.num_virtual_stages_per_pipeline_rank if interleaved else None,
@@ -190,12 +197,17 @@ def layer_spec(
 
 
 def _portable_layer_spec(settings: TransformerConfig, experts: int | None) -> ModuleSpec:
-    submodules = get_gpt_layer_local_submodules(num_experts=experts, normalization="RMSNorm")
+    submodules = get_gpt_layer_local_submodules(
+        num_experts=experts, normalization="RMSNorm", multi_latent_attention=settings.multi_latent_attention
+    )
     submodules.input_layernorm = RMSNorm
     submodules.pre_mlp_layernorm = RMSNorm
     attention: Any = submodules.self_attention.submodules  # mcore annotates it as an object
     attention.core_attention = PackedAttention
-    attention.linear_qkv = ColumnParallel
+    if settings.multi_latent_attention:
+        submodules.self_attention.module = LatentAttention
+    else:
+        attention.linear_qkv = ColumnParallel
     if settings.attention_output_gate:
         submodules.self_attention.module = GatedSelfAttention
     if settings.qk_layernorm:
@@ -209,7 +221,7 @@ def _portable_layer_spec(settings: TransformerConfig, experts: int | None) -> Mo
         parts.experts = partial(Experts, **parts.experts.keywords)
         parts.experts.keywords["submodules"].activation_func = SwiGLU
         # mcore's checkpoints would name it as in dense layers; Transformer Engine's layers with experts do not.
-        submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
+        submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
     else:
         parts.activation_func = SwiGLU
         parts.linear_fc1 = ColumnParallel

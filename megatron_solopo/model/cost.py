@@ -6,6 +6,7 @@ from transformers import PretrainedConfig
 
 from megatron_solopo.model.families.fields import (
     attention_window,
+    has_latents,
     head_dim,
     linear_layers,
     mlp_width,
@@ -37,6 +38,11 @@ def attention_weights(hf_config: PretrainedConfig) -> int:
         head_dim(hf_config),
         hf_config.hidden_size,
     )
+    if has_latents(hf_config):
+        rank, heads = hf_config.q_lora_rank, hf_config.num_attention_heads
+        expanded = hf_config.kv_lora_rank * (hf_config.qk_nope_head_dim + hf_config.v_head_dim)
+        expanded += (hidden if rank is None else rank) * size + hidden * hf_config.v_head_dim
+        return whole_attention_weights(hf_config) + heads * expanded
     gates = 1 + bool(options.get("attention_output_gate"))
     queries, keys = size * hf_config.num_attention_heads, size * hf_config.num_key_value_heads
     full = hidden * ((1 + gates) * queries + 2 * keys)
@@ -46,6 +52,18 @@ def attention_weights(hf_config: PretrainedConfig) -> int:
     values = hf_config.linear_num_value_heads * hf_config.linear_value_head_dim
     recurrent = hidden * (2 * keys + 3 * values + 2 * hf_config.linear_num_value_heads)
     return (sum(linear) * recurrent + (len(linear) - sum(linear)) * full) // len(linear)
+
+
+def whole_attention_weights(hf_config: PretrainedConfig) -> int:
+    """Returns those of `attention_weights` that each tensor-parallel rank has whole: the matrices that make latents."""
+    if not has_latents(hf_config):
+        return 0
+    return hf_config.hidden_size * (sum(latents(hf_config)) + hf_config.qk_rope_head_dim)
+
+
+def latents(hf_config: PretrainedConfig) -> tuple[int, ...]:
+    """Returns the widths of a token's latents, of keys and values and of queries; () of a model without."""
+    return (hf_config.kv_lora_rank, hf_config.q_lora_rank or 0) if has_latents(hf_config) else ()
 
 
 def rule_operations(hf_config: PretrainedConfig) -> int:

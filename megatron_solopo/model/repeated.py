@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.layers import LinearWithGradAccumulationAndAsyncCommunication
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_tensor_model_parallel_group_if_none
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Repeatable(torch.autograd.Function):
@@ -103,3 +104,20 @@ class ColumnParallel(_RepeatedInput, ColumnParallelLinear):
 
 class RowParallel(_RepeatedInput, RowParallelLinear):
     """megatron-core's matrix cut by its inputs."""
+
+
+class Replicated(nn.Module):
+    """A matrix that each tensor-parallel rank has whole, for the tokens that it has.
+
+    With sequence parallelism these are a part of them, so the weight's gradient is summed over ranks as that of a norm.
+    """
+
+    def __init__(self, config: TransformerConfig, inputs: int, outputs: int, group: Any) -> None:
+        super().__init__()
+        self.fused, self.group = config.gradient_accumulation_fusion, group
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=config.params_dtype))
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., inputs] -> [..., outputs]."""
+        return _product(x, self.weight, None, self.fused, False, sequence_parallel=False, tp_group=self.group)

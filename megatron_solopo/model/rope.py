@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_solopo.errors import UserError
-from megatron_solopo.model.families.fields import check_number, head_dim
+from megatron_solopo.model.families.fields import check_number, rotary_dim
 
 _ALWAYS = {"rope_type", "type", "rope_theta"}
 ROPE_FIELDS = {
@@ -41,7 +41,8 @@ INERT_FIELDS = {"original_max_position_embeddings", "max_position_embeddings", "
 class RotaryFrequencies(nn.Module):
     """Computes cos and sin of every position of a pack as transformers does (angles in float32).
 
-    R, the channels of a head that are rotated, is head_dim where config.json has no ``partial_rotary_factor``.
+    R, the channels of a head that are rotated, is `fields.rotary_dim` where config.json has no
+    ``partial_rotary_factor``.
 
     Attributes:
         windowed: those of layers with a window where config.json has others for them.
@@ -96,7 +97,7 @@ def rope_of(hf_config: PretrainedConfig, windowed: bool = False) -> dict[str, An
 
 def rotated_channels(hf_config: PretrainedConfig) -> int:
     """Returns how many channels of a head, the first ones, are rotated."""
-    return int(head_dim(hf_config) * rope_of(hf_config).get("partial_rotary_factor", 1))
+    return int(rotary_dim(hf_config) * rope_of(hf_config).get("partial_rotary_factor", 1))
 
 
 def check_rope(hf_config: PretrainedConfig, fields: frozenset[str]) -> None:
@@ -145,7 +146,7 @@ def _check_parameters(hf_config: PretrainedConfig, parameters: dict[str, Any], f
         raise UserError(
             "model-field-value", f"config.json: factor = {factor!r} of rope_type {kind!r} must be at least 1"
         )
-    size, factor = head_dim(hf_config), parameters.get("partial_rotary_factor")
+    size, factor = rotary_dim(hf_config), parameters.get("partial_rotary_factor")
     if factor is not None and (not 2 <= size * factor <= size or int(size * factor) % 2):
         raise UserError(
             "model-field-value",
@@ -168,7 +169,7 @@ def inverse_frequencies(hf_config: PretrainedConfig, parameters: dict[str, Any])
     Returns:
         [R / 2] float32 inverse frequencies, and the factor on cos and sin.
     """
-    kind, size = parameters.get("rope_type", "default"), head_dim(hf_config)
+    kind, size = parameters.get("rope_type", "default"), rotary_dim(hf_config)
     if kind != "default":
         # transformers writes into the config, and its yarn uses a head_dim of None (Mixtral's) as a number.
         config = copy.deepcopy(hf_config)

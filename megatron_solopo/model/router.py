@@ -18,7 +18,8 @@ class Router(TopKRouter):
 
     With ``moe_router_score_function`` sigmoid, as in DeepSeek-V3 (arXiv 2412.19437, equations 13 to 16) and GLM-4.5,
     each expert has a score of its own. A bias of each expert is added where experts are chosen, not in their weights;
-    with several groups of experts they come from the groups whose two best experts have the largest sum.
+    with several groups of experts they come from the groups whose two best experts have the largest sum. With softmax,
+    as in DeepSeek-V2 (arXiv 2405.04434, section 2.2.2), they come from the groups with the best experts.
 
     megatron-core's router computes the softmax in float32 whatever the model's dtype (moe_utils.py:841, 936, version
     0.19.2), and divides by 0 where a micro-batch is all padding (:138). This one keeps float64, and counts padding in
@@ -51,12 +52,14 @@ class Router(TopKRouter):
         logits = logits.flatten(0, 1)
         wide = torch.promote_types(logits.dtype, torch.float32)
         if self.config.moe_router_score_function == "sigmoid":
+            assert self.expert_bias is not None
             scores = logits.to(wide).sigmoid()
-            experts = self._chosen_with_bias(scores.detach())
+            experts = self._chosen(scores.detach() + self.expert_bias, best=2)
             top, probs = scores.gather(1, experts), scores / scores.sum(-1, keepdim=True)
         else:
             probs = logits.softmax(-1, dtype=wide)
-            top, experts = probs.topk(self.topk, dim=-1)
+            experts = self._chosen(probs.detach(), best=1)
+            top = probs.gather(1, experts)
         if not self.config.moe_router_pre_softmax:
             top = top / top.sum(-1, keepdim=True)
         if self.config.moe_router_topk_scaling_factor is not None:
@@ -69,15 +72,13 @@ class Router(TopKRouter):
             weights = MoEAuxLossAutoScaler.apply(weights, self.config.moe_aux_loss_coeff * loss)
         return weights, chosen
 
-    def _chosen_with_bias(self, scores: Tensor) -> Tensor:
-        """[S, experts] -> [S, k], the experts of each token."""
-        assert self.expert_bias is not None
-        scores = scores + self.expert_bias
+    def _chosen(self, scores: Tensor, best: int) -> Tensor:
+        """[S, experts] -> [S, k], the experts of each token; groups are compared by the sum of their ``best`` ones."""
         groups, chosen = self.config.moe_router_num_groups or 1, self.config.moe_router_group_topk or 1
         if chosen < groups:
             of_groups = scores.unflatten(1, (groups, -1))
-            best = of_groups.topk(2, dim=-1).values.sum(-1).topk(chosen, dim=-1).indices
-            left_out = torch.ones_like(of_groups[..., 0], dtype=torch.bool).scatter(1, best, False)
+            kept = of_groups.topk(best, dim=-1).values.sum(-1).topk(chosen, dim=-1).indices
+            left_out = torch.ones_like(of_groups[..., 0], dtype=torch.bool).scatter(1, kept, False)
             scores = of_groups.masked_fill(left_out[..., None], float("-inf")).flatten(1)
         return scores.topk(self.topk, dim=-1).indices
 

@@ -14,7 +14,7 @@ from megatron_solopo import environment
 from megatron_solopo.config import FP8_MULTIPLES, Config, flag
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.families.family import Family, Norms
-from megatron_solopo.model.families.fields import head_dim, linear_layers, mlp_width
+from megatron_solopo.model.families.fields import has_latents, head_dim, linear_layers, mlp_width
 from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.parallel.context import method_of
 from megatron_solopo.parallel.topology import expert_count
@@ -24,9 +24,14 @@ NAME = "transformer_engine"
 UNSAFE_PICKLES = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 """The environment variable with which Transformer Engine loads the state of delayed scaling, a Python pickle."""
 
+FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+"""A layer's norms: Transformer Engine's names, fused into the next matrix -> the portable layers'."""
+
 FUSED = (
-    (re.compile(r"\bself_attention\.linear_qkv\.layer_norm_weight$"), "input_layernorm.weight"),
-    (re.compile(r"\bmlp\.linear_fc1\.layer_norm_weight$"), "pre_mlp_layernorm.weight"),
+    *((re.compile(rf"\b{re.escape(fused)}$"), own) for fused, own in FUSED_NORMS.items()),
     (re.compile(r"\bmlp\.experts\.(linear_fc[12])\.weight(\d+)$"), r"mlp.experts.local_experts.\2.\1.weight"),
 )
 """Parameters that Transformer Engine's layers name otherwise: norms fused into the next matrix, grouped experts."""
@@ -48,7 +53,7 @@ def check_widths(hf_config: PretrainedConfig, config: Config) -> None:
     """
     model, parallel = config.model, config.parallel
     family = family_of(hf_config)
-    if model.transformer_impl == NAME and (part := _portable_part(family, hf_config)):
+    if model.transformer_impl == NAME and (part := portable_part(family, hf_config)):
         raise UserError(
             "model-portable-only",
             f"--transformer-impl {NAME}: the layers of {hf_config.model_type} have {part}, which are portable layers' "
@@ -82,11 +87,14 @@ def check_widths(hf_config: PretrainedConfig, config: Config) -> None:
             )
 
 
-def _portable_part(family: Family, hf_config: PretrainedConfig) -> str | None:
+def portable_part(family: Family, hf_config: PretrainedConfig) -> str | None:
+    """Returns what of a model's layers Transformer Engine's layers of megatron-core do not have; None if nothing."""
     if family.norms is not Norms.BEFORE or family.activation != "silu":
         return "norms behind attention and MLP"
     if any(linear_layers(hf_config)):
         return "recurrent states"
+    if has_latents(hf_config):
+        return "latent attention"
     options = family.transformer_options(hf_config)
     if options.get("add_bias_linear"):
         return "biases of experts"

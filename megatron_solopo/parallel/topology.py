@@ -154,6 +154,12 @@ def expert_count(hf_config: PretrainedConfig) -> int:
     return next((count for name in EXPERT_COUNTS if (count := getattr(hf_config, name, None))), 0)
 
 
+def first_dense_layers(hf_config: PretrainedConfig) -> int:
+    """Returns the number of first layers without experts in a model with some."""
+    kinds = getattr(hf_config, "mlp_layer_types", None)
+    return getattr(hf_config, "first_k_dense_replace", 0) if kinds is None else kinds.count("dense")
+
+
 def check_layout(hf_config: PretrainedConfig, config: Config, padded_vocab_size: int, world: int) -> None:
     """Refuses a layout that this model cannot be sharded by.
 
@@ -164,7 +170,7 @@ def check_layout(hf_config: PretrainedConfig, config: Config, padded_vocab_size:
     data_parallel_size(parallel, world)
     _check_stages(hf_config.num_hidden_layers, parallel)
     experts = expert_count(hf_config)
-    has_mlp = not experts or getattr(hf_config, "first_k_dense_replace", 0)
+    has_mlp = not experts or first_dense_layers(hf_config)
     shared = getattr(hf_config, "shared_expert_intermediate_size", 0)
     if count := getattr(hf_config, "n_shared_experts", None):
         shared = count * hf_config.moe_intermediate_size

@@ -130,7 +130,8 @@ def _exchanged(process: Process, machine: Machine, again: float) -> float:
     states = e * process.t * shape.hidden * (8 + 2 * (process.s != process.t) + 4 * again)
     seconds = _wire(states, machine, process.tensor, 1)
     keys = 2 * e * process.work.tokens * shape.keys / process.tensor
-    seconds += _wire(keys * (3 + again), machine, process.context, process.tensor)
+    # gathered forward and again backward, whose gradients are summed in float32 (parallel/sequences.py)
+    seconds += _wire(keys * (2 + 4 / e + again), machine, process.context, process.tensor)
     if shape.experts:
         rows = 2 * e * process.rows / process.expert_tensor * shape.hidden
         seconds += _wire(rows * (2 + again), machine, process.expert_parallel, process.expert_tensor, ring=False)

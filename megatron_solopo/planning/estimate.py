@@ -27,10 +27,12 @@ KEPT_WIDTHS, KEPT_CHUNKS = 18, 5
 def attention_kept(process: Process) -> float:
     """Returns the bytes that the attention of a layer keeps for backward: rotated queries, the kernel's output and,
     without context parallelism, ``linear_proj``'s input (parallel/layout.py), keys and values, log-sum-exps; of norms
-    of heads their input (model/norm.py); in float32 keys and values of each piece for each query head."""
+    of heads their input (model/norm.py); in float32 keys and values of each piece for each query head. With latents
+    also these, and where values are narrower than keys always ``linear_proj``'s input."""
     shape, e, t, tensor = process.shape, process.e, process.t, process.tensor
-    of_queries = 3 if process.context == 1 else 2
-    kept = t * (of_queries * e * shape.queries + 2 * e * shape.keys + 4 * shape.heads) / tensor
+    projected = shape.values if process.context == 1 or shape.values != shape.queries else 0
+    kept = t * (e * (2 * shape.queries + 2 * shape.keys + projected) + 4 * shape.heads) / tensor
+    kept += e * process.s * shape.latents
     if shape.head_norms:
         kept += t * e * (shape.queries + shape.keys) / tensor
     if process.repeats_keys:

@@ -10,9 +10,9 @@ from transformers import PretrainedConfig
 from megatron_solopo.config import Config
 from megatron_solopo.data.tokenized.batches import FULL_ATTENTION, attention_cost
 from megatron_solopo.data.tokenized.tokens import TokenGroup
-from megatron_solopo.model.cost import attention_weights
+from megatron_solopo.model.cost import attention_weights, latents, whole_attention_weights
 from megatron_solopo.model.families.family import Norms
-from megatron_solopo.model.families.fields import head_dim, linear_layers, mlp_width
+from megatron_solopo.model.families.fields import head_dim, linear_layers, mlp_width, value_dim
 from megatron_solopo.model.families.projections import projections_of
 from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.model.hf_config import padded_vocab_size
@@ -29,6 +29,10 @@ class Shape:
     Attributes:
         queries, keys: widths of queries and of keys (as of values), of all heads.
         attention: weights of the matrices of a layer's attention, the mean over the layers.
+        whole: those of `attention` that each tensor-parallel rank has whole, and norms of latents.
+        values: width of what attention makes of values, of all query heads; with latents kernels compute that of
+            queries.
+        latents: widths of a token's latents together, with the channels of keys that heads share; 0 without.
         recurrent: share of the layers that have a recurrent state, and `recurrent_heads` such states each of
             `state_width` keys and values; `recurrent_keys` is the width of the keys of all heads.
         gated: whether attention has an output gate.
@@ -39,7 +43,7 @@ class Shape:
             Their parameters are counted; times and activations are those of the other layers.
         vocabulary: rows of the padded vocabulary.
         experts, chosen: experts of a layer, and those of a token; 0 without experts.
-        biases: of queries, keys and values together, of what attention adds, and sinks.
+        biases: of queries, keys and values together, of what attention adds, sinks, and norms of latents.
         experts_biases: of one expert.
         norms: of a layer, over the residual stream's width.
         head_norms: whether each head of queries and keys has a norm.
@@ -62,6 +66,9 @@ class Shape:
     norms: int = 2
     experts_biases: int = 0
     attention: int = 0
+    whole: int = 0
+    values: int = 0
+    latents: int = 0
     recurrent: float = 0.0
     recurrent_heads: int = 0
     recurrent_keys: int = 0
@@ -91,11 +98,15 @@ class Shape:
             chosen=options.get("moe_router_topk", 0),
             biases=(queries + 2 * keys) * bool(options.get("add_qkv_bias"))
             + hf_config.hidden_size * bool(options.get("add_bias_linear"))
-            + hf_config.num_attention_heads * (options.get("softmax_type") == "learnable"),
+            + hf_config.num_attention_heads * (options.get("softmax_type") == "learnable")
+            + sum(latents(hf_config)),
             head_norms=bool(options.get("qk_layernorm")),
             head_dim=size,
             tied=hf_config.tie_word_embeddings,
             attention=attention_weights(hf_config),
+            whole=whole_attention_weights(hf_config) + sum(latents(hf_config)),
+            values=value_dim(hf_config) * hf_config.num_attention_heads,
+            latents=whole_attention_weights(hf_config) // hf_config.hidden_size,
             recurrent=sum(linear) / len(linear),
             recurrent_heads=getattr(hf_config, "linear_num_value_heads", 0),
             recurrent_keys=getattr(hf_config, "linear_num_key_heads", 0) * getattr(hf_config, "linear_key_head_dim", 0),

@@ -140,11 +140,11 @@ def rehearse(
 
 
 def _work(engine: Any, config: Config, groups: Sequence[TokenGroup], packs: int) -> Any:
-    """Returns the work of a step as `step.step_work` makes it, of packs that are all alike."""
+    """Returns the work of a step as `step_work.step_work` makes it, of packs that are all alike."""
     from megatron_solopo.data.tokenized.batches import plan_step
     from megatron_solopo.model.cost import width_of_cost, windows_of
     from megatron_solopo.training.objective import step_inputs
-    from megatron_solopo.training.step import StepWork
+    from megatron_solopo.training.step_work import StepWork
 
     width, windows = width_of_cost(engine.hf_config), windows_of(engine.hf_config)
     plan = plan_step(groups, width, 1, config, engine.platform.name, windows)
@@ -160,7 +160,7 @@ def _work(engine: Any, config: Config, groups: Sequence[TokenGroup], packs: int)
 def _packs(engine: Any, config: Config, groups: Sequence[TokenGroup], plan: Any, count: int) -> Any:
     """Returns ``count`` equal packs, each of all the groups."""
     from megatron_solopo.data.tokenized.packs import build_pack
-    from megatron_solopo.training.step import sent
+    from megatron_solopo.training.step_work import sent
 
     multiples = plan.of_packs, plan.of_pieces, plan.of_prompts
     pack = build_pack(groups, range(len(groups)), config.data.share_prompts, *multiples, tail_weight(config.method))

@@ -19,7 +19,7 @@ def layer_parameters(process: Process) -> tuple[int, int]:
     """Counts the parameters of a layer on a process: (without experts, of experts)."""
     shape = process.shape
     h, norms = shape.hidden, shape.norms * shape.hidden + (2 * shape.head_dim if shape.head_norms else 0)
-    attention = attention_parameters(shape) // process.tensor
+    attention = (attention_parameters(shape) - shape.whole) // process.tensor + shape.whole
     if not shape.experts:
         return attention + norms + 3 * h * shape.ffn // process.tensor, 0
     expert = 3 * h * shape.ffn // process.expert_tensor + shape.experts_biases

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -41,7 +41,8 @@ from megatron_solopo.model.forward import greedy_tokens
 from megatron_solopo.pack import Context, Pack, Side
 from megatron_solopo.progress import ProgressBar
 from megatron_solopo.training.engine import Engine, data_parallel
-from megatron_solopo.training.step import reduce_to_all_ranks, run_packs, sent
+from megatron_solopo.training.step import reduce_to_all_ranks, run_packs
+from megatron_solopo.training.step_work import sent
 
 SPLIT = "generate"
 """The ``split`` of these evaluations in metrics.jsonl."""
@@ -128,13 +129,15 @@ def greedy_answers(
     max_new_tokens: int,
     config: Config,
     drafts: Mapping[int, Sequence[int]] | None = None,
-) -> list[list[int]]:
+    must_stop: Callable[[], bool] = lambda: False,
+) -> list[list[int]] | None:
     """Returns the greedy answer to each prompt, with its end where it has one; the same on every rank. Collective.
 
     Args:
         stops: ids that end an answer.
         max_new_tokens: an answer is cut after so many tokens.
         drafts: likely answers by the index of their prompt.
+        must_stop: called before each pass; where it returns True, the same on every rank, the result is None.
     """
     answers: list[list[int]] = [[] for _ in prompts]
     guesses = [list((drafts or {}).get(index, ()))[:max_new_tokens] for index in range(len(prompts))]
@@ -142,6 +145,8 @@ def greedy_answers(
     bar = ProgressBar(desc="answers", total=len(prompts), unit="prompt", leave=False)
     with torch.no_grad(), bar:
         while open_ones:
+            if must_stop():
+                return None
             predicted = _pass(
                 engine, [(prompts[index], answers[index] + guesses[index]) for index in open_ones], config
             )

@@ -34,7 +34,8 @@ from megatron_solopo.training.engine import Engine, build_engine, initialize_par
 from megatron_solopo.training.gradients import full_gradients
 from megatron_solopo.training.preflight import check_cut, check_run_inputs, dated_tokenizer, read_model
 from megatron_solopo.training.segment_table import ReferenceLogProbs, SegmentPlaces
-from megatron_solopo.training.step import StepSums, make_packs, run_step, segment_table
+from megatron_solopo.training.step import StepSums, run_step, segment_table
+from megatron_solopo.training.step_work import make_packs
 
 BOUNDS = {"float64": 1e-10, "float32": 1e-5}
 """Largest relative differences, which the order of sums explains; bfloat16 rounds to 8 bits and has no bound."""

@@ -65,8 +65,25 @@ def build_parser() -> Parser:
         flag("add_special_tokens"), metavar="TOKENS", help=OWNER["add_special_tokens"][1].metadata["help"]
     )
 
+    to_megatron.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print what this conversion and the way back would read, write and hold in memory, by config.json alone",
+    )
+
+    again = _command(
+        commands,
+        "megatron-to-megatron",
+        "writes a checkpoint of a run, of Megatron-LM or of Megatron-Bridge as a Megatron folder, which they load too",
+    )
+    _add_checkpoint(again, required=True)
+    again.add_argument("--save", required=True, metavar="FOLDER", help="the new Megatron folder")
+
     to_hf = _command(
-        commands, "megatron-to-hf", "writes a checkpoint of a run, or a Megatron folder, as a Hugging Face folder"
+        commands,
+        "megatron-to-hf",
+        "writes a checkpoint of a run, of Megatron-LM or of Megatron-Bridge, or a Megatron folder, as a Hugging Face "
+        "folder",
     )
     _add_checkpoint(to_hf, required=True)
     to_hf.add_argument("--save-hf", required=True, metavar="FOLDER", help="the new Hugging Face folder")
@@ -84,7 +101,7 @@ def build_parser() -> Parser:
         help=export.metadata["help"].replace("--save-hf holds after LoRA", "is written of a run with LoRA")
         + f" (default: {export.default})",
     )
-    for command in (to_megatron, to_hf):
+    for command in (to_megatron, again, to_hf):
         command.add_argument("--dtype", choices=DTYPES, help="type of the written weights (default: unchanged)")
         command.add_argument("--overwrite", action="store_true", help="overwrite an existing folder")
 
@@ -148,13 +165,19 @@ def _command(
 
 
 def _add_checkpoint(command: argparse.ArgumentParser, required: bool) -> None:
-    command.add_argument("--load", required=required, metavar="FOLDER", help="run folder, or Megatron folder")
+    command.add_argument(
+        "--load",
+        required=required,
+        metavar="FOLDER",
+        help="run folder, Megatron folder, or folder of Megatron-LM's or Megatron-Bridge's checkpoints",
+    )
     command.add_argument("--ckpt-step", type=int, metavar="N", help="iteration of the checkpoint (default: the latest)")
     command.add_argument(
         "--hf-path",
         required=not required,
         metavar="FOLDER",
-        help="Hugging Face folder with config and tokenizer of these weights (default: that of the run's start)"
+        help="Hugging Face folder with config and tokenizer of these weights; other trainers' checkpoints need it "
+        "(default: that of the run's start)"
         if required
         else "Hugging Face folder that transformers loads; alone, it is converted in memory and compared with itself",
     )
@@ -165,6 +188,9 @@ def _run(options: argparse.Namespace) -> int:
     config = _config(options)
     if options.command != "verify":
         _check_target(options, config)
+    if getattr(options, "dry_run", False):
+        print(_plan(options, config))
+        return 0
     started = platform.start(options.device)
     try:
         # After the start of the platform, see run.py.
@@ -174,6 +200,14 @@ def _run(options: argparse.Namespace) -> int:
             return convert(options, config)
     finally:
         platform.stop(started)
+
+
+def _plan(options: argparse.Namespace, config: Config) -> str:
+    """Returns what a conversion would read, write and hold; one process stands for those of the layout."""
+    from megatron_solopo.planning.conversion import describe  # planning builds on training
+    from megatron_solopo.training.preflight import read_model
+
+    return describe(Path(options.save), config, read_model(config), options.dtype)
 
 
 def _config(options: argparse.Namespace) -> Config:
@@ -228,7 +262,7 @@ def _drop_applied_options(config: Config) -> None:
 
 
 def _check_target(options: argparse.Namespace, config: Config) -> None:
-    option, name = ("--save", options.save) if options.command == "hf-to-megatron" else ("--save-hf", options.save_hf)
+    option, name = ("--save", options.save) if "save" in options else ("--save-hf", options.save_hf)
     target = named_folder(option, name)
     check_apart(option, target, {"--load": getattr(options, "load", None), "--hf-path": config.model.hf_path})
     if os.environ.get("RANK", "0") == "0":

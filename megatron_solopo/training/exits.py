@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import time
@@ -13,6 +14,8 @@ from types import FrameType
 
 import torch
 import torch.distributed as dist
+
+from megatron_solopo.parallel.platform import max_over_processes
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """Signals of clusters before a kill: SIGTERM (Kubernetes, Slurm's preemption, torchrun), SIGUSR1 (Slurm --signal)."""
@@ -72,11 +75,11 @@ class StopRequests:
     def __init__(self, on_signal: bool, after_minutes: float | None) -> None:
         self._active = on_signal or after_minutes is not None
         self._deadline = None if after_minutes is None else time.monotonic() + after_minutes * 60
-        self._received = 0
+        self._received, self._received_at = 0, math.inf
         self._before = {number: signal.signal(number, self._record) for number in SIGNALS} if on_signal else {}
 
     def _record(self, number: int, frame: FrameType | None) -> None:
-        self._received = number
+        self._received, self._received_at = number, min(self._received_at, time.monotonic())
 
     def agreed(self, device: torch.device) -> str | None:
         """Returns why all ranks stop after this step, or None; collective.
@@ -112,6 +115,11 @@ class StopRequests:
         """Returns this process's request: a signal's number, `_CLOCK`, or 0; `train_step` exchanges it."""
         late = self._deadline is not None and time.monotonic() >= self._deadline
         return self._received or (_CLOCK if late else 0)
+
+    def seconds_since(self, device: torch.device) -> float | None:
+        """Returns the seconds since the first signal to any rank, None without one; collective."""
+        longest = max_over_processes(time.monotonic() - self._received_at, device)
+        return longest if math.isfinite(longest) else None
 
     def close(self) -> None:
         """Restores the signal handlers."""

@@ -32,12 +32,15 @@ PACE_WINDOW = 50
 class TensorBoard:
     """Logs scalars as ``train/loss`` and so on; steps after ``first_step`` of an earlier start are hidden."""
 
-    def __init__(self, folder: str, first_step: int) -> None:
+    def __init__(self, folder: str, first_step: int, interval: int, queue_size: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-        self._writer = SummaryWriter(folder, purge_step=first_step + 1)
+        self._writer = SummaryWriter(folder, purge_step=first_step + 1, max_queue=queue_size)
+        self._interval = interval
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        if step % self._interval and all(name.startswith("train/") for name in scalars):
+            return
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, step)
 
@@ -123,7 +126,11 @@ class RunLog:
         if output.wandb_project:
             self._loggers.append(WeightsAndBiases(output, self._settings))
         if output.tensorboard_dir:
-            self._loggers.append(TensorBoard(output.tensorboard_dir, first_step))
+            self._loggers.append(
+                TensorBoard(
+                    output.tensorboard_dir, first_step, output.tensorboard_log_interval, output.tensorboard_queue_size
+                )
+            )
         path = folder / "metrics.jsonl"
         if first_step and path.is_file():
             self.earlier = _keep_until(path, first_step)

@@ -102,23 +102,27 @@ def mocked(config: Config) -> Iterator[Config]:
 def _write_model(config_file: Path, folder: Path) -> None:
     """A folder with the config of the same family, cut to size, and a tokenizer of words."""
     fields: dict[str, Any] = loads(config_file.read_text(encoding="utf-8-sig"))
-    groups = max(1, fields["num_attention_heads"] // fields.get("num_key_value_heads", fields["num_attention_heads"]))
+    heads = fields["num_attention_heads"]
+    groups = max(1, heads // (fields.get("num_key_value_heads") or heads))
     fields |= dict(num_hidden_layers=LAYERS, hidden_size=HIDDEN, intermediate_size=FFN, vocab_size=len(SPECIAL + WORDS))
     fields |= dict(num_attention_heads=2 * groups, num_key_value_heads=2, head_dim=HEAD, max_window_layers=LAYERS)
     experts = {name: EXPERTS for name in ("num_experts", "num_local_experts", "n_routed_experts")}
     ones = dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace"), 1)
     for name, most in (experts | ones | {"num_experts_per_tok": 2}).items():
-        if name in fields:
+        if fields.get(name):
             fields[name] = min(fields[name], most)
     if "moe_intermediate_size" in fields:
         fields["moe_intermediate_size"] = FFN // 2
+    if "kv_lora_rank" in fields:
+        fields |= dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), HEAD)
+        fields |= {name: HEAD for name in ("kv_lora_rank", "q_lora_rank") if fields.get(name)}
     if "linear_num_key_heads" in fields:
         repeats = max(1, fields["linear_num_value_heads"] // fields["linear_num_key_heads"])
         fields |= dict(linear_num_key_heads=2, linear_num_value_heads=2 * repeats)
         fields |= dict(linear_key_head_dim=HEAD, linear_value_head_dim=HEAD, full_attention_interval=LAYERS)
     if "shared_expert_intermediate_size" in fields:
         fields["shared_expert_intermediate_size"] = FFN // 2
-    for name in ("layer_types", "bos_token_id", "eos_token_id", "pad_token_id"):
+    for name in ("layer_types", "mlp_layer_types", "qk_head_dim", "bos_token_id", "eos_token_id", "pad_token_id"):
         fields.pop(name, None)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(fields), encoding="utf-8")

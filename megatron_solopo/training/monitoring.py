@@ -7,8 +7,8 @@ uninterrupted one does.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
-from statistics import fmean, median
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from statistics import fmean, median, mode
 
 from megatron_solopo.config import MethodConfig
 from megatron_solopo.data.pairing.lengths import Lengths
@@ -25,8 +25,15 @@ SPIKE_WINDOW = 64
 FALL = 0.1
 """A chosen log-prob fell if it lost this fraction of its first value (and at least 1 nat per response)."""
 
+SLOW = 1.2
+"""A copy of the model is a straggler above this ratio of its time to the median of the others, for the same work."""
+DATA_SHARE = 0.1
+"""A run waits for data if this share of its seconds is waiting."""
+NOTICED = 0.1
+"""Seconds a step below which neither is reported: those of a tiny model are noise."""
+
 DISPLACEMENT, SHORT_SIDE, SPIKE = "chosen_log_prob_falls", "short_side_falls", "spike"
-CLIPPED = "clipped"
+CLIPPED, STRAGGLER, WAITS = "clipped", "straggler", "waits_for_data"
 
 
 class Watch:
@@ -45,6 +52,8 @@ class Watch:
         self._active: set[str] = set()
         self._clipped: deque[float] = deque(maxlen=WINDOW)  # gradient norms of the last steps if all were clipped
         self._steps = self._unclipped = 0
+        self._slow: tuple[str, str] | None = None  # ranks and hosts of the last comparison's straggler
+        self._straggler = ""
         self.skipped = self.skipped_in_a_row = 0
 
     def read(self, line: Line) -> dict[str, str]:
@@ -67,13 +76,15 @@ class Watch:
         return self._warnings(line)
 
     def _warnings(self, line: Line) -> dict[str, str]:
-        warnings = self._spikes(line) | self._clipping(line)
+        warnings = self._spikes(line) | self._clipping(line) | self._stragglers(line)
         if len(self._first) < WINDOW:
             self._first.append(line)
         self._recent.append(line)
         if len(self._first) == WINDOW and self._recent[0]["step"] > self._first[-1]["step"]:
             first, now = _means(self._first), _means(self._recent)
             warnings |= _displacement(first, now) | _short_side(first, now)
+        if len(self._recent) == WINDOW:
+            warnings |= _waits(self._recent)
         new = {name: text for name, text in warnings.items() if name not in self._active}
         self._active = set(warnings)
         return new
@@ -110,6 +121,21 @@ class Watch:
         if len(self._clipped) < WINDOW:
             return {}
         return {CLIPPED: f"every one of the last {WINDOW} steps was clipped {self._how(line)}"}
+
+    def _stragglers(self, line: Line) -> dict[str, str]:
+        """Warns where the same copy is slow in two comparisons one after the other, until one without it."""
+        if "slowest_ratio" in line:
+            before, ratio, lost = self._slow, line["slowest_ratio"], line["slowest_seconds"]
+            named = line["slowest_ranks"], line["slowest_hosts"]
+            self._slow = named if ratio > SLOW and lost > NOTICED else None
+            if self._slow is None or self._slow != before:
+                self._straggler = ""
+            elif not self._straggler:
+                self._straggler = (
+                    f"straggler: {named[0]} on {named[1]} took {ratio:.2f} times as long as the median of the other "
+                    f"copies of the model for the same work ({lost:.2g} s a step lost; reported above {SLOW:g})"
+                )
+        return {STRAGGLER: self._straggler} if self._straggler else {}
 
     def at_end(self, done: int) -> list[str]:
         """Returns lines about the run as a whole, for its end after step ``done``."""
@@ -157,6 +183,19 @@ def _displacement(first: Mapping[str, float], now: Mapping[str, float]) -> dict[
         DISPLACEMENT: f"the chosen responses' log-prob fell from {before:.2f} to {after:.2f} nats while the margin "
         f"grew from {first['margin']:.3g} to {now['margin']:.3g}; the model may be unlearning both responses: lower "
         "--lr, add --sft-weight, or use ORPO"
+    }
+
+
+def _waits(recent: Collection[Mapping[str, float]]) -> dict[str, str]:
+    """Warns where steps wait for their packs, which a thread makes during the step before."""
+    waited = fmean(line.get("data_seconds", 0.0) for line in recent)
+    seconds = fmean(line.get("seconds", 0.0) for line in recent)
+    if waited <= max(NOTICED, DATA_SHARE * seconds):
+        return {}
+    rank = mode(line["data_rank"] for line in recent if "data_rank" in line)
+    return {
+        WAITS: f"the last {len(recent)} steps waited {waited:.2g} of {seconds:.2g} s a step for data, rank {rank:g} "
+        "mostly the longest: see whether its cores are busy, and put --data-cache on a disk of the node"
     }
 
 

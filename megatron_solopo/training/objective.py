@@ -37,8 +37,9 @@ NOT_OF_LOSSES = frozenset(
     {
         *("step", "split", "epoch", "loss", "moe_aux_loss", "grad_norm", "clip_grad", "clipped", "lr", "groups"),
         *("tokens", "tokens_per_second", "padding_share", "compute_imbalance", "memory_gib", "memory_allocated_gib"),
-        *("seconds", "skipped", "warnings"),
-        *("padding", "squared_norm", "stop", "memory", "allocated"),  # that ranks exchange in a step
+        *("seconds", "data_seconds", "data_rank", "skipped", "warnings"),
+        *("slowest_ranks", "slowest_hosts", "slowest_ratio", "slowest_seconds"),
+        *("padding", "squared_norm", "stop", "memory", "allocated", "waited"),  # that ranks exchange in a step
     }
 )
 """Names in a line of metrics.jsonl, and in the exchange of a step, that no metric of a loss may have."""

@@ -42,7 +42,8 @@ from megatron_solopo.parallel.topology import stage_sizes
 from megatron_solopo.progress import ProgressBar, reporting
 from megatron_solopo.training.engine import Engine, data_parallel
 from megatron_solopo.training.segment_table import ReferenceLogProbs, SegmentPlaces
-from megatron_solopo.training.step import local_segment_sums, make_packs, reduce_to_all_ranks
+from megatron_solopo.training.step import local_segment_sums, reduce_to_all_ranks
+from megatron_solopo.training.step_work import make_packs
 
 FORMAT = "3"
 """Version of the cache files."""

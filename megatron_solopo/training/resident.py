@@ -31,7 +31,8 @@ from megatron_solopo.training.ahead import Ahead
 from megatron_solopo.training.engine import Engine
 from megatron_solopo.training.objective import StepInputs
 from megatron_solopo.training.segment_table import rows_compared
-from megatron_solopo.training.step import StepWork, planned_packs, run_packs, step_work
+from megatron_solopo.training.step import run_packs
+from megatron_solopo.training.step_work import StepWork, planned_packs, step_work
 
 PIECE = 2**26
 """Bytes that are exchanged at a time: the size of the buffer on the device, and a power of two, to which torch rounds
@@ -157,7 +158,7 @@ def scored(reference: ResidentReference, work: StepWork, packs: list[DevicePack]
 def scored_training_work(
     reference: ResidentReference, dataset: TokenDataset, schedule: Schedule, config: Config
 ) -> Ahead[StepWork]:
-    """Returns the work of the training steps, which are numbered from 0; see `step.training_work`."""
+    """Returns the work of the training steps, which are numbered from 0; see `step_work.training_work`."""
     return Ahead(
         lambda step: scored_work(reference, dataset, schedule.step(step), config, schedule.epochs(step)),
         schedule.steps,

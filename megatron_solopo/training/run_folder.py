@@ -13,7 +13,7 @@ import yaml
 
 from megatron_solopo.atomic import write_text
 from megatron_solopo.config import Config, MethodConfig
-from megatron_solopo.config_checks import unused
+from megatron_solopo.config_unused import unused
 from megatron_solopo.data.files.records import write_jsonl
 from megatron_solopo.errors import UserError, system_reason
 from megatron_solopo.losses.registry import loss_class

@@ -19,13 +19,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_solopo.config import Config, MethodConfig
-from megatron_solopo.data.tokenized.batches import Schedule, StepPlan, plan_step
-from megatron_solopo.data.tokenized.packs import build_pack
+from megatron_solopo.data.tokenized.batches import Schedule
 from megatron_solopo.data.tokenized.tokens import TokenDataset
 from megatron_solopo.errors import Diverged
-from megatron_solopo.losses.solopo import needs_log_squares, needs_mean_chosen_length, tail_weight
-from megatron_solopo.model.cost import width_of_cost, windows_of
-from megatron_solopo.model.forward import LogProbHead, device_pack, segment_log_probs
+from megatron_solopo.losses.solopo import needs_log_squares, needs_mean_chosen_length
+from megatron_solopo.model.forward import LogProbHead, segment_log_probs
 from megatron_solopo.model.router import take_aux_loss
 from megatron_solopo.pack import Pack
 from megatron_solopo.parallel.device_pack import DevicePack
@@ -41,6 +39,7 @@ from megatron_solopo.training.objective import (
 )
 from megatron_solopo.training.readings import gather_from_all_ranks
 from megatron_solopo.training.segment_table import ReferenceLogProbs, SegmentPlaces
+from megatron_solopo.training.step_work import StepWork, make_packs
 
 
 @dataclass
@@ -63,107 +62,6 @@ class StepSums:
 
     def means(self) -> dict[str, float]:
         return {name: value / self.groups for name, value in self.values.items()}
-
-
-@dataclass(frozen=True)
-class StepWork:
-    """The work of a rank in a step: the examples of all ranks, their plan, this rank's packs, and the loss inputs.
-
-    Attributes:
-        score: returns the loss inputs with log-probs that the step computes itself, see resident.py; collective.
-    """
-
-    indices: Sequence[int]
-    plan: StepPlan
-    packs: list[DevicePack]
-    inputs: StepInputs
-    score: Callable[[], StepInputs] | None = None
-
-
-def step_work(
-    engine: Engine,
-    dataset: TokenDataset,
-    indices: Sequence[int],
-    config: Config,
-    reference: ReferenceLogProbs | None,
-    epochs: Sequence[int] | None = None,
-) -> StepWork:
-    """Makes the work of a training step on the examples ``indices``; see `planned_packs` for ``epochs``."""
-    plan, packs = _planned(engine, dataset, indices, config, epochs)
-    inputs = step_inputs([pack.pack for pack in packs], reference, config.method, engine.platform.device)
-    return StepWork(indices, plan, packs, inputs)
-
-
-def _planned(
-    engine: Engine,
-    dataset: TokenDataset,
-    indices: Sequence[int],
-    config: Config,
-    epochs: Sequence[int] | None = None,
-) -> tuple[StepPlan, list[DevicePack]]:
-    """Returns the plan of the examples ``indices``, and `planned_packs` of it."""
-    _, ranks = data_parallel()
-    groups = [dataset.groups[i] for i in indices]
-    width, windows = width_of_cost(engine.hf_config), windows_of(engine.hf_config)
-    plan = plan_step(groups, width, ranks, config, engine.platform.name, windows)
-    return plan, planned_packs(engine, dataset, plan, indices, config, epochs)
-
-
-def planned_packs(
-    engine: Engine,
-    dataset: TokenDataset,
-    plan: StepPlan,
-    indices: Sequence[int],
-    config: Config,
-    epochs: Sequence[int] | None = None,
-) -> list[DevicePack]:
-    """Returns this rank's packs of the examples ``indices``, on its device.
-
-    Every rank has the same number of packs; ranks that share a model replica get the same packs, each its part.
-
-    Args:
-        epochs: that of each example, which decides its positions where they are stretched; default: the first.
-    """
-    rank, _ = data_parallel()
-    of_examples = epochs or [0] * len(indices)
-    packs = [
-        build_pack(
-            [dataset.of_epoch(indices[place], of_examples[place]) for place in places],
-            [indices[place] for place in places],
-            config.data.share_prompts,
-            plan.of_packs,
-            plan.of_pieces,
-            plan.of_prompts,
-            tail_weight(config.method),
-        )
-        for places in plan.shares[rank]
-    ]
-    return sent(engine, packs)
-
-
-def sent(engine: Engine, packs: Sequence[Pack]) -> list[DevicePack]:
-    """Returns this rank's parts of packs, on its device."""
-    return [device_pack(pack, engine.models[0].config, engine.platform.device) for pack in packs]
-
-
-def make_packs(engine: Engine, dataset: TokenDataset, indices: Sequence[int], config: Config) -> list[DevicePack]:
-    """Returns this rank's packs of the examples ``indices``."""
-    return _planned(engine, dataset, indices, config)[1]
-
-
-def training_work(
-    engine: Engine,
-    dataset: TokenDataset,
-    schedule: Schedule,
-    config: Config,
-    reference: ReferenceLogProbs | None,
-) -> Ahead[StepWork]:
-    """Returns the work of the training steps, which are numbered from 0."""
-    return Ahead(
-        lambda step: step_work(engine, dataset, schedule.step(step), config, reference, schedule.epochs(step)),
-        schedule.steps,
-        engine.platform.device,
-    )
 
 
 Forward = Callable[[torch.nn.Module, DevicePack, LogProbHead, torch.dtype], Tensor]
@@ -366,6 +264,7 @@ def train_step(
     memory: PeakMemory,
     stop: Callable[[], int] = lambda: 0,
     phase: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
+    counted: Callable[[Sequence[float]], AbstractContextManager[None]] = lambda loads: nullcontext(),
 ) -> tuple[dict[str, Any], int]:
     """Runs one optimizer step; returns its line of the log, and the largest ``stop`` of all ranks.
 
@@ -378,6 +277,7 @@ def train_step(
         memory: peak memory of the run.
         stop: returns a number above 0 where this rank requests the run to stop, see `StopRequests.on_this_rank`.
         phase: names a part of the step in profiles, see `Profiler.phase`.
+        counted: times the passes of the step, given the loads of the data-parallel ranks, see `RankTimes.counted`.
 
     Raises:
         Diverged: the loss or the gradient is not finite and --on-nonfinite is stop; the weights are unchanged.
@@ -385,6 +285,7 @@ def train_step(
     start = time.perf_counter()
     with phase("data"):
         current = work.take(step)
+    waited = time.perf_counter() - start
     inputs = current.inputs
     if current.score is not None:
         with phase("reference"):
@@ -392,13 +293,16 @@ def train_step(
     engine.zero_gradients()
     optimizer.zero_grad()
     begin = partial(seed_pack, config.training.seed, step) if config.model.lora_dropout else None
-    parts = run_parts(engine, current.packs, inputs, len(current.indices), config.method, begin=begin)
+    with counted(current.plan.loads):
+        parts = run_parts(engine, current.packs, inputs, len(current.indices), config.method, begin=begin)
     allocated = engine.platform.peak_allocated_gib()
     of_ranks = gather_from_all_ranks(
         parts.scalars | {"squared_norm": squared_gradient_norm(optimizer)},
-        parts.numbers | {"stop": stop(), "memory": memory.on_this_rank(), "allocated": allocated or 0.0},
+        parts.numbers
+        | {"stop": stop(), "memory": memory.on_this_rank(), "allocated": allocated or 0.0, "waited": waited},
         engine.platform.device,
     )
+    longest_wait = max(of_ranks["waited"])
     sums, grad_norm = parts.sums(of_ranks), total_norm(of_ranks["squared_norm"])
     agreed = int(max(of_ranks["stop"]))
     scheduler.step(1)  # before the optimizer, see build_optimizer; a skipped step counts too
@@ -429,6 +333,8 @@ def train_step(
         "memory_gib": round(max(of_ranks["memory"]), 3),
         **({} if allocated is None else {"memory_allocated_gib": round(max(of_ranks["allocated"]), 3)}),
         "seconds": round(seconds, 4),
+        "data_seconds": round(longest_wait, 4),
+        "data_rank": of_ranks["waited"].index(longest_wait),
     }
     return line, agreed
 
@@ -448,9 +354,17 @@ def _divergence(sums: StepSums, grad_norm: float, dataset: TokenDataset, indices
 
 
 def evaluate(
-    engine: Engine, dataset: TokenDataset, config: Config, reference: ReferenceLogProbs | None
-) -> dict[str, float]:
-    """Returns the means of the loss and its metrics over all validation examples, and their number, ``groups``."""
+    engine: Engine,
+    dataset: TokenDataset,
+    config: Config,
+    reference: ReferenceLogProbs | None,
+    must_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """Returns the means of the loss and its metrics over all validation examples, and their number, ``groups``.
+
+    Args:
+        must_stop: called before each batch; where it returns True, the same on every rank, the result is None.
+    """
     engine.eval()
     length = mean_chosen_length_of(dataset, config.method, engine.platform.device)
     totals: dict[str, float] = {}
@@ -462,6 +376,9 @@ def evaluate(
 
     with torch.no_grad(), Ahead(work, len(batches), engine.platform.device) as ahead:
         for number, indices in enumerate(batches):
+            if must_stop():
+                engine.train()
+                return None
             sums = run_step(engine, ahead.take(number), len(indices), config.method, reference, True, length)
             for name, value in sums.values.items():
                 totals[name] = totals.get(name, 0.0) + value

@@ -8,21 +8,16 @@ order.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch.distributed as dist
 
 from megatron_solopo.config import Config
-from megatron_solopo.conversion.hf import describe_carried
+from megatron_solopo.conversion.manifest import checkpoint_folder
 from megatron_solopo.data.files.records import write_jsonl
-from megatron_solopo.data.tokenized.batches import above_the_token_limit
 from megatron_solopo.errors import Diverged, UserError
-from megatron_solopo.lora_options import adapts_experts
 from megatron_solopo.losses.solopo import needs_reference
-from megatron_solopo.model import transformer_engine
-from megatron_solopo.model.attention import describe_kernels
-from megatron_solopo.model.experts import ALIGNED, describe_experts
 from megatron_solopo.model.lora import without_adapters
 from megatron_solopo.parallel.platform import Platform, first_error, run_on_rank0
 from megatron_solopo.terminal import write_line
@@ -34,13 +29,15 @@ from megatron_solopo.training.checkpoint import Checkpoints, load_checkpoint
 from megatron_solopo.training.exits import StopRequests, note_sudden_death, report_to_launcher
 from megatron_solopo.training.log import Line, RunLog
 from megatron_solopo.training.memory import PeakMemory
-from megatron_solopo.training.monitoring import Watch, length_bias, no_transfer
-from megatron_solopo.training.parameters import describe_parameters
+from megatron_solopo.training.monitoring import Watch
 from megatron_solopo.training.preflight import Preflight, preflight
 from megatron_solopo.training.reference import has_cache, reference_log_probs, shared
 from megatron_solopo.training.resident import ResidentReference, scored_training_work
 from megatron_solopo.training.run_folder import effective, write_metric_labels, write_overlong, write_settings
 from megatron_solopo.training.segment_table import ReferenceLogProbs
+from megatron_solopo.training.start_lines import start_lines
+from megatron_solopo.training.step_work import training_work
+from megatron_solopo.training.stragglers import RankTimes
 
 
 def train(platform: Platform, config: Config) -> None:
@@ -92,9 +89,11 @@ class Trainer:
         self.profiler = profiling.Profiler(config.output, platform.name == "cuda")
         if config.output.nvtx:
             profiling.name_phases(self.engine)
+        self.ranks = RankTimes(self.engine)
         first = dist.get_rank() == 0
         self.log = RunLog(config.output, self.schedule.steps, plan.resumed, first, effective(config))
-        self._announce()
+        for line in start_lines(plan, config, self.engine, self.ranks.hosts):
+            self.log.message(line)
         if plan.source is None:
             self._start_run_folder()
 
@@ -120,23 +119,36 @@ class Trainer:
     def _steps(self) -> None:
         """Trains to the last step, or until the run is requested to stop."""
         output, steps = self.config.output, self.schedule.steps
-        if self.config.training.eval_on_start and self.plan.source is None and not self.reason:
+        if self.plan.source is not None:
+            self._do_what_a_stop_left_out()
+        elif self.config.training.eval_on_start and not self.reason:
             self.validate()
         while self.done < steps and not self.reason and not self.stops_early:
             self.train_step()
             last = self.done == steps
             failed_before = self.checkpoints.unsaved
             self.checkpoints.poll()
-            evaluates = last or _is_due(self.done, self.config.training.eval_interval)
+            # Between a signal and the kill there is time for the save alone: a resumed run makes up for the rest.
+            evaluates = last or (_is_due(self.done, self.config.training.eval_interval) and not self.reason)
             is_best = evaluates and self.validate()
-            saves, exports = (
-                not last and _is_due(self.done, n) for n in (output.save_interval, output.save_hf_interval)
-            )
+            saves = not last and _is_due(self.done, output.save_interval)
+            exports = not last and _is_due(self.done, output.save_hf_interval) and not self.reason
             self.save(saves or (is_best and not last), exports, failed_before)
             if last:
                 self.reason = None
             elif evaluates or saves or exports:  # a request may arrive during such a pause
                 self.reason = self.reason or self.stop.agreed(self.platform.device)
+
+    def _do_what_a_stop_left_out(self) -> None:
+        """Evaluates and exports after the step of the checkpoint, where that was due and the run had to stop."""
+        if self.reason or self.done == self.schedule.steps or self.evaluated is None:
+            return
+        if _is_due(self.done, self.config.training.eval_interval):
+            self.validate(leave_out=self.evaluated)
+        if _is_due(self.done, self.config.output.save_hf_interval):
+            folder = checkpoint_folder(resume.export_folder(self.config), self.done)
+            if not self.reason and not shared(folder.is_dir, "folders"):
+                self.save(False, True, self.checkpoints.unsaved)
 
     def score_reference(self) -> bool:
         """Computes the reference log-probs of all examples, before a checkpoint replaces the reference's weights;
@@ -191,6 +203,7 @@ class Trainer:
         # On every rank, because too many skipped steps end the run; only rank 0 has the log.
         earlier = shared(lambda: self.log.earlier)
         self.watch.replay(earlier)
+        self.evaluated = {line["split"] for line in earlier if line["step"] == self.done} if in_this_folder else None
         if self.best is not None:
             self.best.replay(earlier)
             self.checkpoints.best = self.best.step or 0
@@ -201,7 +214,7 @@ class Trainer:
         self.memory = PeakMemory(self.platform)
         train, schedule = self.data.train, self.schedule
         if self.resident is None:
-            self.work = step.training_work(self.engine, train, schedule, self.config, self.reference["train"])
+            self.work = training_work(self.engine, train, schedule, self.config, self.reference["train"])
         else:
             self.work = scored_training_work(self.resident, train, schedule, self.config)
 
@@ -232,7 +245,10 @@ class Trainer:
             self.memory,
             self.stop.on_this_rank,
             self.profiler.phase,
+            self.ranks.counted,
         )
+        if _is_due(self.done + 1, self.config.output.log_interval):
+            line |= self.ranks.compared()
         self.reason = self.stop.reason(requested)
         self.log.step(line, self.watch.read(line))
         self.done += 1
@@ -243,16 +259,24 @@ class Trainer:
         """Whether --early-stop ends the run here."""
         return self.best is not None and self.best.exhausted
 
-    def validate(self) -> bool:
+    def validate(self, leave_out: Collection[str] = ()) -> bool:
         """Evaluates on --valid-data and --eval-generate, where they are set; returns whether --save-best has a new
-        best step."""
+        best step.
+
+        Args:
+            leave_out: splits that were evaluated after this step already.
+        """
         lines: list[Line] = []
-        if self.data.valid is not None:
-            means = step.evaluate(self.engine, self.data.valid, self.config, self.reference["valid"])
+        if self.data.valid is not None and "valid" not in leave_out:
+            means = step.evaluate(self.engine, self.data.valid, self.config, self.reference["valid"], self._must_stop)
+            if means is None:
+                return False
             lines.append({"step": self.done, "split": "valid"} | means)
             self.log.step(lines[-1])
-        if self.data.held_out is not None:
-            lines.append({"step": self.done, "split": answers.SPLIT} | self._answer(self.data.held_out))
+        if self.data.held_out is not None and answers.SPLIT not in leave_out:
+            if (means := self._answer(self.data.held_out)) is None:
+                return False
+            lines.append({"step": self.done, "split": answers.SPLIT} | means)
             self.log.step(lines[-1])
         if self.best is None or not any([self.best.read(line) for line in lines]):
             return False
@@ -261,13 +285,27 @@ class Trainer:
         self._write_best()
         return True
 
-    def _answer(self, held_out: HeldOut) -> dict[str, float]:
+    def _must_stop(self) -> bool:
+        """Whether an evaluation ends here, without a result; a resumed run makes it. Collective.
+
+        That after the last step is made to its end: no run would make it later.
+        """
+        if self.done == self.schedule.steps:
+            return False
+        self.reason = self.reason or self.stop.agreed(self.platform.device)
+        return self.reason is not None
+
+    def _answer(self, held_out: HeldOut) -> dict[str, float] | None:
         """Answers the held-out questions, writes the answers to the run folder, and returns the means of their
-        scores."""
+        scores; None where the run must stop meanwhile."""
         start, most = time.perf_counter(), self.config.training.eval_max_new_tokens
         self.engine.eval()
-        replies = answers.greedy_answers(self.engine, held_out.prompts, held_out.stops, most, self.config, self.drafts)
+        replies = answers.greedy_answers(
+            self.engine, held_out.prompts, held_out.stops, most, self.config, self.drafts, self._must_stop
+        )
         self.engine.train()
+        if replies is None:
+            return None
         self.drafts = dict(enumerate(replies))
         means, records = answers.scored_answers(held_out, replies)
         path = answers.answers_file(Path(self.config.output.save), self.done)
@@ -307,12 +345,16 @@ class Trainer:
             UserError: the model could not be saved or exported.
         """
         output, steps = self.config.output, self.schedule.steps
+        start, since = time.perf_counter(), None
         if self.done:
             self._check_weights()
             failed_before = self.checkpoints.unsaved
             if not self.checkpoints.has(self.done):  # waits for an asynchronous save
                 self._warn_if_unsaved(failed_before)
                 self._timed("save", lambda: self.checkpoints.save_last(self.done))
+        saving = time.perf_counter() - start
+        if self.reason:
+            since = self.stop.seconds_since(self.platform.device)
         self._profiled(self.profiler.close(self.done))
         for line in self.watch.at_end(self.done):
             self.log.message(line)
@@ -322,7 +364,9 @@ class Trainer:
             waited = f"no better one in {self.config.training.early_stop} evaluations"
             self.log.message(f"early stop after step {self.done} of {steps}: best is {self.best.describe()}, {waited}")
         if stopped and not self.checkpoints.unsaved:
-            self.log.message(f"{stopped}; " + (f"saved in {output.save}" if self.done else "nothing was done yet"))
+            notice = "" if since is None else f", {since:.1f} s after the signal, of which the save took {saving:.1f} s"
+            saved = f"saved in {output.save}{notice}" if self.done else "nothing was done yet"
+            self.log.message(f"{stopped}; {saved}")
             report_to_launcher(stopped)
         unfinished = None
         if output.save_hf and not stopped:
@@ -373,46 +417,6 @@ class Trainer:
         seconds, memory = round(time.perf_counter() - start, 4), round(self.memory.of(split), 3)
         self.log.step({"step": self.done, "split": split, "seconds": seconds, "memory_gib": memory})
         return result
-
-    def _announce(self) -> None:
-        """Logs the size of the run, and warnings about its data and options."""
-        schedule, train = self.schedule, self.data.train
-        rest = schedule.total % schedule.global_batch_size
-        self.log.message(
-            f"{len(train.groups)} examples, {schedule.steps} steps of {schedule.global_batch_size}"
-            + (f", last step {rest}" if rest else "")
-            + "; values of a step are means over its examples"
-        )
-        if dist.get_rank() == 0:  # which alone prints
-            hf_config, model = self.plan.inputs.hf_config, self.config.model
-            self.log.message(describe_parameters(hf_config, model))
-            if carried := describe_carried(model.hf_path, hf_config):
-                self.log.message(carried)
-        if self.plan.budget:
-            self.log.message(self.plan.budget)
-        if self.platform.name == "cuda":
-            settings, device = self.engine.models[0].config, self.platform.device
-            self.log.message(describe_kernels(settings, device))
-            self.log.message(f"log-probs: {self.engine.head.chunk_size:,} response tokens at a time")
-            if settings.num_moe_experts and settings.transformer_impl != transformer_engine.NAME:
-                rank = self.config.model.lora_rank if adapts_experts(self.config.model) else None
-                self.log.message(describe_experts(settings, device, rank or ALIGNED))
-        if train.stretch is not None:
-            self.log.message(f"positions: {train.stretch}")
-        for split, dataset in (("train", train), ("valid", self.data.valid)):
-            if dataset is None:
-                continue
-            for line in dataset.report.lines(self.config.data.seq_length):
-                self.log.message(f"{split}: {line}")
-            if above := above_the_token_limit(dataset.groups, self.config, self.platform.name):
-                self.log.message(f"warning: {split}: {above}")
-        if bias := length_bias(train.chosen_rejected_lengths()):
-            self.log.message(f"warning: {bias}")
-        first = self.config.output.profile_step_start
-        if self.config.output.profile and self.plan.resumed > first:
-            self.log.message(f"note: --profile: step {first + 1} is done already, so no step of this run is profiled")
-        if note := no_transfer(self.config.method):
-            self.log.message(f"note: {note}")
 
     def _start_run_folder(self) -> None:
         """Opens the log and writes the files of this start to the run folder."""

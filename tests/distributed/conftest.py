@@ -11,6 +11,7 @@ from launches import BATCHES, World, token_examples
 from methods import LONG, METHODS, SHORT, method_roles
 from tiny_models import (
     EXPERTS,
+    LATENT,
     QWEN3_MOE,
     RECURRENT,
     SHAPE,
@@ -22,6 +23,7 @@ from tiny_models import (
     write_model,
 )
 from transformers import (
+    DeepseekV3Config,
     Gemma3TextConfig,
     Glm4Config,
     Glm4MoeConfig,
@@ -70,6 +72,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     write_model(folder / "qwen3_5", Qwen3_5TextConfig(**SHAPE, **RECURRENT), seed=13)
     shared = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=40)
     write_model(folder / "qwen3_next", Qwen3NextConfig(**SHAPE, **RECURRENT, **shared), seed=14)
+    latent = SHAPE | LATENT | dict(n_group=2, topk_group=1, first_k_dense_replace=1)
+    rope = dict(rope_parameters=yarn | {"mscale": 0.7, "mscale_all_dim": 0.8})
+    write_model(folder / "deepseek_v3", DeepseekV3Config(**latent, **rope), seed=15)
     write_model(folder / "reference", LlamaConfig(**SHAPE, tie_word_embeddings=False), seed=3)
     deep = SHAPE | {"num_hidden_layers": 4}
     write_model(folder / "llama-4", LlamaConfig(**deep, tie_word_embeddings=False), seed=4)

@@ -9,8 +9,9 @@ from typing import Any
 import convert_worker
 import pytest
 from forked_runs import ForkedRun
-from tiny_models import EXPERTS, QWEN3_MOE, WIDE, write_model
+from tiny_models import EXPERTS, LATENT, QWEN3_MOE, WIDE, write_model
 from transformers import (
+    DeepseekV3Config,
     Gemma3TextConfig,
     Glm4Config,
     Glm4MoeConfig,
@@ -38,7 +39,9 @@ DENSE_MODELS: dict[str, Any] = {
     "phi3": Phi3Config(**SHAPE, pad_token_id=0),
 }
 GLM4_MOE = dict(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, first_k_dense_replace=2)
+DEEPSEEK = LATENT | dict(num_key_value_heads=8, n_group=2, topk_group=1, first_k_dense_replace=2)
 EXPERT_MODELS: dict[str, Any] = {
+    "deepseek_v3": DeepseekV3Config(**SHAPE | DEEPSEEK, pad_token_id=0),
     "glm4_moe": Glm4MoeConfig(**SHAPE, **GLM4_MOE, head_dim=16, use_qk_norm=True, pad_token_id=0),
     "mixtral": MixtralConfig(**SHAPE, **EXPERTS, tie_word_embeddings=False),
     "qwen3_moe": Qwen3MoeConfig(**SHAPE, **QWEN3_MOE, num_experts=4, num_experts_per_tok=2, tie_word_embeddings=True),

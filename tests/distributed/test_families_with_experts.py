@@ -1,6 +1,7 @@
 """Expert parallelism together with what else a family has, and the other cuts.
 
-gpt-oss has experts with biases, windows and sinks; Qwen3-Next layers with a recurrent state and a gated shared expert.
+gpt-oss has experts with biases, windows and sinks; Qwen3-Next layers with a recurrent state and a gated shared expert;
+DeepSeek-V3 latent attention, a first layer without experts, and groups of experts.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ PLANS = [
     ("float64", "dpo", "gpt_oss", "separate", "seven"),
     ("float64", "orpo", "gpt_oss", "recompute-keep", "seven"),
     ("float64", "dpo", "qwen3_next", "by-two", "seven"),
+    ("float64", "dpo", "deepseek_v3", "by-two", "seven"),
+    ("float64", "orpo", "deepseek_v3", "recompute-keep", "seven"),
 ]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from launches import Launch, World, launch, training_run
+from training_home import TIMES
 
 LAYOUTS: dict[str, tuple[Any, ...]] = {
     "data": ("--overlap-grad-reduce", "--overlap-param-gather"),
@@ -23,7 +24,6 @@ RUN = (
     *("--bf16", "--preference-loss", "orpo", "--train-iters", 3, "--global-batch-size", 5, "--lr", 1e-2),
     *("--weight-decay", 0.1, "--lr-warmup-fraction", 0),
 )
-TIMES = ("seconds", "tokens_per_second", "memory_gib")
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from launches import Launch, World, launch, training_run
 from methods import METHODS, method_flags
+from training_home import TIMES
 
 OVERLAP = ("--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size", 3000)
 LAYOUTS: dict[str, tuple[Any, ...]] = {
@@ -31,7 +32,6 @@ LAYOUTS: dict[str, tuple[Any, ...]] = {
 }
 """Of two processes."""
 
-TIMES = ("seconds", "tokens_per_second", "memory_gib")
 # The cache is then filled by the packs that the steps train on.
 IN_ORDER = ("--no-shuffle", "--global-batch-size", 4, "--train-iters", 2, "--lr", 1e-3, "--eval-interval", 1)
 

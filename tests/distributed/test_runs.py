@@ -13,9 +13,8 @@ from comparisons import largest_difference
 from launches import SIX_STEPS, Launch, World, common_runs, launch, training_run
 from methods import METHODS, SHORT, method_flags
 from safetensors.torch import load_file
+from training_home import TIMES
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-TIMES = ("seconds", "tokens_per_second", "memory_gib")
 
 
 @pytest.fixture(scope="module")

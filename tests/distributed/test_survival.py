@@ -9,6 +9,7 @@ import random
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,12 +25,11 @@ from refusals import LINE, check_refusal
 from safetensors.torch import load_file, save_file
 from tiny_models import WORDS, preference_groups, write_lines, write_model
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from training_home import ENVIRONMENT, Home, command, furnish
+from training_home import ENVIRONMENT, TIMES, Home, command, furnish
 from transformers import AutoModelForCausalLM
 
 KILLS = int(os.environ.get("SOLOPO_KILLS", "3"))
 LATEST = "latest_checkpointed_iteration.txt"
-TIMES = ("seconds", "tokens_per_second", "memory_gib")
 
 
 @pytest.fixture(scope="module")
@@ -141,9 +141,60 @@ def test_a_signal_to_one_process_ends_all_at_the_same_step(home: Home, number: s
         run.send(number, slice(1, 2))
         assert run.wait() == [0, 0], run.text()
         steps = len(timeless(home, save))
-        assert f"stopped by {number.name} after step {steps} of 10000; saved in" in run.text()
+        stopped = rf"stopped by {number.name} after step {steps} of 10000; saved in .*/{save}, (.*) s after the signal"
+        notice = re.search(rf"^{stopped}, of which the save took (.*) s$", run.text(), re.M)
+        assert notice and 30 > float(notice[1]) >= float(notice[2]) > 0, run.text()
         assert (home.folder / save / LATEST).read_text() == f"{steps}\n"
     assert "resuming after step" in run.text()
+
+
+def test_what_a_stop_leaves_out_is_made_up_for(home: Home) -> None:
+    """After a signal there is time for the save alone; the run that resumes evaluates and exports at that step."""
+    flags = [
+        "--train-iters",
+        12,
+        "--eval-interval",
+        1,
+        "--save-hf-interval",
+        1,
+        "--valid-data",
+        home.folder / "valid.jsonl",
+    ]
+
+    def argv(save: str) -> list[str]:
+        export = ["--save-hf", home.folder / f"{save}-hf", "--exit-signal-handler", "--auto-resume"]
+        return home.argv(save, *flags, *export)
+
+    finish(home, argv("whole"))
+    run = start(home, argv("cut"))
+    wait_for(lambda: lines(home.folder / "cut") >= 3, run)
+    run.send(signal.SIGUSR1)
+    assert run.wait() == [0], run.text()
+    steps = lines(home.folder / "cut")
+    evaluated = [line["step"] for line in home.metrics("cut", "valid")]
+    assert 3 <= steps < 12 and evaluated in (list(range(steps)), list(range(steps + 1))), evaluated
+    assert "resuming after step" in finish(home, argv("cut"))
+    assert timeless(home, "cut") == timeless(home, "whole")
+    exports = [{path.name for path in (home.folder / f"{save}-hf").glob("iter_*")} for save in ("cut", "whole")]
+    assert exports[0] == exports[1] and len(exports[0]) == 11
+
+
+def test_a_rank_that_computes_slower_is_named(home: Home) -> None:
+    """The system lets it run a fifth of the time, as a busy or throttled machine would."""
+    argv = home.argv("slow", "--train-iters", 10000, "--log-interval", 2, "--exit-signal-handler")
+    run = start(home, argv, 2)
+    wait_for(lambda: lines(home.folder / "slow") >= 2, run)
+    deadline = time.monotonic() + 60
+    while "straggler" not in run.text() and time.monotonic() < deadline:
+        run.send(signal.SIGSTOP, slice(1, 2))
+        time.sleep(0.2)
+        run.send(signal.SIGCONT, slice(1, 2))
+        time.sleep(0.05)
+    run.send(signal.SIGTERM)
+    assert run.wait() == [0, 0], run.text()
+    named = rf"warning: step \d+: straggler: rank 1 on {socket.gethostname()} took [\d.]+ times as long as the median"
+    assert re.search(named, run.text()), run.text()
+    assert any("straggler" in line.get("warnings", []) for line in home.metrics("slow"))
 
 
 def test_skipped_steps_before_a_resume_count_on_every_process(home: Home) -> None:

@@ -56,7 +56,8 @@ def gradient_case(engine: Any, case: dict[str, Any], config: Any) -> tuple[dict[
     from megatron_solopo.pack import Context, Side, segment_name
     from megatron_solopo.training.gradients import full_gradients
     from megatron_solopo.training.segment_table import ReferenceLogProbs, SegmentPlaces
-    from megatron_solopo.training.step import make_packs, run_step, segment_table, sent
+    from megatron_solopo.training.step import run_step, segment_table
+    from megatron_solopo.training.step_work import make_packs, sent
 
     dataset, indices = token_dataset(case["examples"]), case["indices"]
     reference = None

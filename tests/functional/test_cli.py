@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import runpy
+import socket
 import subprocess
 import sys
 import types
@@ -111,7 +112,8 @@ def test_a_mistake_is_one_line_and_status_2(
     assert capsys.readouterr().err == "error: --alpha -1: must be positive [option-value]\n"
     monkeypatch.setenv("RANK", "3")
     assert cli.run(refuse, []) == 2
-    assert capsys.readouterr().err == "error: rank 3: --alpha -1: must be positive [option-value]\n"
+    place = f"rank 3 on {socket.gethostname()}"
+    assert capsys.readouterr().err == f"error: {place}: --alpha -1: must be positive [option-value]\n"
     assert cli.run(interrupt, []) == 130
     assert cli.run(lambda argv: 0, []) == 0
 

@@ -73,7 +73,8 @@ def megatron(home: Home) -> Path:
     folder = home.folder / "megatron"
     done = as_command("hf-to-megatron", "--hf-path", home.folder / "hf", "--save", folder)
     assert done.returncode == 0 and not done.stderr, done.stderr[-3000:]
-    assert done.stdout == f"wrote {folder} (float32); train from it with --hf-path {folder}\n"
+    wrote = f"wrote {folder} (float32); train from it with --hf-path {folder}\n"
+    assert done.stdout == f"{wrote}Megatron-LM and Megatron-Bridge start from it too\n"
     return folder
 
 
@@ -165,6 +166,21 @@ def test_nan_does_not_agree(home: Home, tmp_path: Path, dtype: str) -> None:
     assert status == 1 and "worst layer: 0 of 2" in output and f"DIFFERS in {dtype}: nan nats" in output
 
 
+def test_the_plan_of_a_conversion(tmp_path: Path) -> None:
+    """By config.json alone: the bytes of the tensors, and the largest parameter, of which each process has a part."""
+    shape = SHAPE | dict(vocab_size=64_000, hidden_size=1024, intermediate_size=2048)
+    Qwen2Config(**shape, tie_word_embeddings=False, dtype="bfloat16").save_pretrained(tmp_path / "hf")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(Qwen2Config(**shape, tie_word_embeddings=False))
+    size, largest = 2 * sum(p.numel() for p in model.parameters()), 2 * 64_000 * 1024
+    layout = ("--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2)
+    output = succeed("hf-to-megatron", "--hf-path", tmp_path / "hf", "--save", tmp_path / "new", "--dry-run", *layout)
+    assert f"{len(model.state_dict())} tensors, {size / 1e9:.2f} GB in bfloat16" in output
+    assert "4 processes" in output and f"at most {largest / 2 / 1e9:.2f} GB (output_layer.weight)" in output
+    assert f"process 0 writes, and joins the parts of a parameter: at most {largest / 1e9:.2f} GB" in output
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
 WRONG = [
     ("hf-to-megatron --hf-path {nowhere} --save {new}", "folder-missing", "--hf-path {nowhere}: "),
     ("hf-to-megatron --hf-path {hf} --save {megatron}", "folder-exists", "--save {megatron}: ", "--overwrite"),
@@ -182,9 +198,9 @@ WRONG = [
     ("megatron-to-hf --load {nowhere} --save-hf {new}", "folder-missing", "--load {nowhere}: "),
     ("megatron-to-hf --load {folder} --save-hf {new}", "option-missing", "--hf-path", "{folder}", "config.yaml"),
     (
-        "megatron-to-hf --load {megatron}/iter_0000000 --save-hf {new}",
+        "megatron-to-hf --load {megatron}/release --save-hf {new}",
         "checkpoint-missing",
-        "--load {megatron}/iter_0000000",
+        "--load {megatron}/release",
         "{megatron}, and --ckpt-step 0",
     ),
     ("megatron-to-hf --load {hf} --save-hf {new}", "checkpoint-missing", "--load {hf}: ", "--hf-path"),
@@ -210,6 +226,11 @@ WRONG = [
         "option-value",
         "--make-vocab-size-divisible-by",
         "at least 1",
+    ),
+    (
+        "hf-to-megatron --hf-path {hf} --save {new} --dry-run --tensor-model-parallel-size 3",
+        "layout-heads",
+        "--tensor-model-parallel-size 3",
     ),
     ("verify --hf-path {megatron}", "folder-is-megatron", "{megatron}", "Megatron's weights"),
     ("verify --hf-path {hf} --ckpt-step 3", "option-unused", "--ckpt-step"),
@@ -305,7 +326,7 @@ def test_the_weights_of_another_model_are_refused(home: Home, megatron: Path, tm
     other = write_model(tmp_path / "other", Qwen2Config(**SHAPE | dict(hidden_size=64)))
     status, _, err = convert("megatron-to-hf", "--load", megatron, "--hf-path", other, "--save-hf", tmp_path / "new")
     assert status == 2
-    check_refusal(err, "checkpoint-other-model", f"{megatron}/iter_0000000", "--hf-path")
+    check_refusal(err, "checkpoint-other-model", f"{megatron}/release", "--hf-path")
     assert not (tmp_path / "new").exists()
 
 

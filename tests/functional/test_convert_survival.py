@@ -57,7 +57,7 @@ def contents(folder: Path) -> dict[str, torch.Tensor] | None:
     except UserError:
         return None
     if is_megatron_folder(folder):
-        return {path.name: torch.tensor(path.stat().st_size) for path in (folder / "iter_0000000").glob("*.distcp")}
+        return {path.name: torch.tensor(path.stat().st_size) for path in (folder / "release").glob("*.distcp")}
     reader = TensorReader(folder)
     return {name: reader.get(name) for name in sorted(reader.names())}
 

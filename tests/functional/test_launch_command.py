@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from refusals import check_refusal
 from training_home import ENVIRONMENT
 
 ROOT = Path(__file__).resolve().parents[2]
+HOST = socket.gethostname()
 
 SCRIPT = """
 import os, sys
@@ -55,7 +58,7 @@ def test_a_mistake_of_all_processes_is_one_line_and_is_not_retried(tmp_path: Pat
         tmp_path, "raise UserError('option-value', '--lr: no')", "megatron_solopo.launch", "--max-restarts", "2"
     )
     assert done.returncode == 2 and not done.stdout
-    assert done.stderr in ("error: --lr: no [option-value]\n", "error: rank 1: --lr: no [option-value]\n")
+    assert done.stderr in ("error: --lr: no [option-value]\n", f"error: rank 1 on {HOST}: --lr: no [option-value]\n")
     assert starts(tmp_path) == {"0"}
 
 
@@ -67,7 +70,7 @@ def test_under_torchrun_it_is_one_line_before_the_lines_of_torchrun(tmp_path: Pa
 def test_each_process_reports_its_mistake(tmp_path: Path) -> None:
     body = "import time; time.sleep(3 * (rank == '0')); raise UserError('option-value', f'{rank} is wrong')"
     done = launched(tmp_path, body, "megatron_solopo.launch")
-    assert done.returncode == 2 and errors(done)[0] == "error: rank 1: 1 is wrong [option-value]"
+    assert done.returncode == 2 and errors(done)[0] == f"error: rank 1 on {HOST}: 1 is wrong [option-value]"
 
 
 def test_the_loss_of_a_process_that_reported_a_mistake_is_not_retried(tmp_path: Path) -> None:
@@ -75,7 +78,11 @@ def test_the_loss_of_a_process_that_reported_a_mistake_is_not_retried(tmp_path: 
     lost = f"while not {reported}: pass\n    raise LostProcess('process-lost', 'another process is gone')"
     body = f"if rank == '1': raise UserError('option-value', 'no')\n    {lost}"
     done = launched(tmp_path, body, "megatron_solopo.launch", "--max-restarts", "1")
-    assert done.returncode == 2 and "error: rank 1: no [option-value]" in errors(done) and starts(tmp_path) == {"0"}
+    assert (
+        done.returncode == 2
+        and f"error: rank 1 on {HOST}: no [option-value]" in errors(done)
+        and starts(tmp_path) == {"0"}
+    )
 
 
 @pytest.mark.parametrize("body", ["raise LostProcess('process-lost', 'another process is gone')", "sys.exit(3)"])
@@ -114,3 +121,46 @@ def test_a_conversion_on_two_processes_reports_once(tmp_path: Path) -> None:
     done = subprocess.run(command, env=PLACE, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "--hf-path nowhere: " in done.stderr and "[folder-missing]" in done.stderr
+
+
+def test_a_node_that_falls_silent_is_left_behind(tmp_path: Path) -> None:
+    """Its connections stay open, as after the loss of its network; torch alone would let the other node wait."""
+    script = tmp_path / "command.py"
+    waiting = "import time\n    while os.environ['TORCHELASTIC_RESTART_COUNT'] == '0': time.sleep(0.1)\n    return 0"
+    script.write_text(SCRIPT + f"    {waiting}\n\nsys.exit(run(main))\n")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    conf = "keep_alive_interval=1,last_call_timeout=1,is_host={}"
+    agents = []
+    for node in range(2):
+        command = [
+            sys.executable,
+            "-m",
+            "megatron_solopo.launch",
+            "--nnodes",
+            "1:2",
+            "--nproc-per-node",
+            "1",
+            "--max-restarts",
+            "1",
+        ]
+        command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-conf", conf.format(1 - node)]
+        agents.append(
+            subprocess.Popen([*command, str(script)], env=PLACE, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        )
+    try:
+        deadline = time.monotonic() + 120
+        while len(list(tmp_path.glob("started-0-*"))) < 2:
+            assert time.monotonic() < deadline and all(agent.poll() is None for agent in agents)
+            time.sleep(0.05)
+        agents[1].send_signal(signal.SIGSTOP)
+        stderr = agents[0].communicate(timeout=120)[1]
+    finally:
+        for agent in agents:
+            for process in [*psutil.Process(agent.pid).children(), agent] if agent.poll() is None else []:
+                process.kill()
+            agent.wait()
+    assert agents[0].returncode == 0, stderr
+    assert "warning: 1 of 2 nodes gave no sign of life" in stderr
+    assert {path.name for path in tmp_path.glob("started-1-*")} == {"started-1-0"}

@@ -33,6 +33,8 @@ else:
     at = lambda score: {"sub_em": score, "count": 4, "mean_prompt_tokens": 9, "interval": {"sub_em": [0, 1]}}
     metrics = {"8 documents": at(read / 10), "16 documents": at(read / 20)}
     path.write_text(json.dumps({"model": str(path.absolute()), "data": "d", "metrics": metrics, "settings": {}}))
+    lines = [{"id": "q", "length": length, "sub_em": of["sub_em"]} for length, of in metrics.items()]
+    path.with_suffix(".predictions.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
 """
 
 
@@ -124,6 +126,22 @@ def test_a_change_repeats_the_runs_that_it_concerns(experiment: Experiment) -> N
     assert experiment.calls() == ["other.txt late.txt three/evaluation.json four/evaluation.json"] * 2
 
 
+def test_predictions_are_kept_where_differences_are_wanted(experiment: Experiment) -> None:
+    """Those of results that were kept without them come from the run's folder, or from the run once more."""
+    experiment.calls()
+    assert not list(experiment.results.glob("*.jsonl"))
+    experiment.recipe["matrix"]["predictions"] = True
+    assert experiment.calls() == ["", ""]  # no stage runs again
+    assert sorted(file.name for file in experiment.results.glob("*.jsonl")) == sorted(
+        f"{name}-seed-{seed}.predictions.jsonl" for name in ("plain", "two") for seed in (0, 1)
+    )
+    report = (experiment.results / "report.md").read_text()
+    assert re.search(r"\| Two +\| 8 documents +\| +1 \| +\+0\.100 \|", report)
+    (experiment.results / "two-seed-1.predictions.jsonl").unlink()
+    shutil.rmtree(experiment.folder / "out")
+    assert experiment.calls() == ["", "world/a.txt two/middle.txt two/evaluation.json"]
+
+
 def test_a_run_resumes_at_the_stage_that_failed(experiment: Experiment, capfd: pytest.CaptureFixture[str]) -> None:
     last = experiment.recipe["matrix"]["stages"]["last"]
     last["options"]["data"] = ["$data", "missing.txt"]
@@ -136,6 +154,7 @@ def test_a_run_resumes_at_the_stage_that_failed(experiment: Experiment, capfd: p
 WRONG = {
     "unknown": ({"seed": ["1"]}, "recipe-key", "'seed'", "mean seeds?"),
     "missing": ({"results": None}, "recipe-incomplete", "matrix: results: missing"),
+    "predictions": ({"predictions": "all"}, "recipe-value", "predictions: ", "true or false", "'all'"),
     "seeds": ({"seeds": "3"}, "recipe-value", "seeds: ", "list of whole numbers", "'3'"),
     "name": ({"variants": {"a/b": {}}}, "stage-name", "'a/b'", "variant"),
     "result": ({"result": "nothing.json"}, "recipe-value", "nothing.json", "no stage writes it"),

@@ -159,10 +159,10 @@ def test_only_outputs_of_a_stage_are_deleted(folder: Folder, capfd: pytest.Captu
 
 
 def test_two_runs_in_one_folder_are_refused(folder: Folder, capfd: pytest.CaptureFixture[str]) -> None:
-    from megatron_solopo.pipeline import _Locks
+    from megatron_solopo.stage_process import Locks
 
     folder.calls()
-    with _Locks(folder.target / ".stages"):
+    with Locks(folder.target / ".stages"):
         assert folder.run() == 2
     assert re.search(r"target: another `solopo run` works there; wait for its end", capfd.readouterr().err)
     assert folder.calls() == ""

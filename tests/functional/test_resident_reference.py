@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 from refusals import check_refusal
-from training_home import Home, furnish
+from training_home import TIMES, Home, furnish
 
 from megatron_solopo.cli import run
 from megatron_solopo.training.run import main
 
-TIMES = ("seconds", "tokens_per_second", "memory_gib")
 # The cache is filled in the order of the file, four examples at a time, as these steps train on them.
 IN_ORDER = ("--no-shuffle", "--train-iters", 4, "--save-interval", 2)
 METHODS: dict[str, tuple[Any, ...]] = {

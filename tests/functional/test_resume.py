@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from refusals import check_refusal
 from tiny_models import SHAPE, write_model
-from training_home import Home, furnish
+from training_home import TIMES, Home, furnish
 from transformers import LlamaConfig
 
 from megatron_solopo.cli import run
@@ -291,14 +291,13 @@ def test_weights_alone_are_not_resumed(home: Home, simpo: Path, capfd: pytest.Ca
 
 def test_random_weights_are_the_reference_again(home: Home) -> None:
     """Drawn by name and seed, so that a resumed run is the unbroken one even where the cache is lost."""
-    times = ("seconds", "tokens_per_second", "memory_gib")
     flags = ["--random-init", "--save-interval", 2, "--reference-cache", home.folder / "drawn"]
     assert run(main, home.argv("runs/drawn", *flags)) == 0
     unbroken = home.metrics("runs/drawn")
     shutil.rmtree(home.folder / "drawn")
     assert run(main, resume_argv(home, "drawn", *flags)) == 0
     lines = [
-        [{k: v for k, v in line.items() if k not in times} for line in of]
+        [{k: v for k, v in line.items() if k not in TIMES} for line in of]
         for of in (unbroken, home.metrics("runs/drawn"))
     ]
     assert lines[0] == lines[1] and len(lines[0]) == 5

@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 from refusals import check_refusal
 from tiny_models import conversations, in_paragraphs, preference_groups, write_lines, write_model
-from training_home import Home, furnish
+from training_home import TIMES, Home, furnish
 
 from megatron_solopo.cli import run
 from megatron_solopo.training.run import main
 
-TIMES = ("seconds", "tokens_per_second", "memory_gib")
 STRETCH = ("--stretch-positions", 200)
 STILL = ("--lr", 1e-12, "--no-shuffle", "--global-batch-size", 10, "--train-iters", 2)
 """Two steps of all examples in which the weights stay where they are."""

@@ -13,15 +13,13 @@ from pathlib import Path
 import psutil
 import pytest
 from refusals import check_refusal
-from training_home import ENVIRONMENT, ROOT, Home, furnish
+from training_home import ENVIRONMENT, ROOT, TIMES, Home, furnish
 
 from megatron_solopo.cli import run
 from megatron_solopo.data.tokenized import tokenize_data
 from megatron_solopo.data.tokenized.token_store import DATA
 from megatron_solopo.data.tokenized.token_table import TokenTable
 from megatron_solopo.training.run import main
-
-TIMED = ("seconds", "tokens_per_second", "memory_gib")
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +34,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
 
 def lines(home: Home, save: str) -> list[dict]:
     lines = [json.loads(line) for line in (home.folder / save / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMED} for line in lines]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
 
 
 def test_a_folder_trains_as_its_file_does(home: Home, capfd: pytest.CaptureFixture[str]) -> None:

@@ -110,7 +110,8 @@ def measure(here: Any, config: Config, padding: int = 1) -> tuple[Tensor, float,
     from megatron_solopo.model.transformer_engine import portable_name
     from megatron_solopo.training.engine import build_engine
     from megatron_solopo.training.segment_table import SegmentPlaces
-    from megatron_solopo.training.step import run_step, segment_table, sent
+    from megatron_solopo.training.step import run_step, segment_table
+    from megatron_solopo.training.step_work import sent
 
     engine = build_engine(here, read_hf_config(config.model.hf_path), config)
     data, share = groups(), config.data.share_prompts

@@ -57,6 +57,7 @@ TASKS = "tests/unit/test_evaluation_tasks.py"
 ANSWERS = "tests/unit/test_answers.py"
 SERVED = "tests/unit/test_evaluation_server.py"
 DELTA = "tests/unit/test_delta_rule.py"
+WITH_EXPERTS = "tests/distributed/test_families_with_experts.py"
 RECURRENT = "tests/distributed/test_recurrent_layers.py -k oracles"
 
 MUTANTS: list[Mutant] = [
@@ -109,7 +110,7 @@ MUTANTS: list[Mutant] = [
         ("evaluation at stretched positions", 'Stretch.of(config) if split == "train" else None', "Stretch.of(config)"),
     ),
     *within(
-        "training/step.py",
+        "training/step_work.py",
         STRETCHED_RUNS,
         ("every epoch at the positions of the first", "of_examples = epochs or", "of_examples ="),
     ),
@@ -177,6 +178,10 @@ MUTANTS: list[Mutant] = [
             "return min(completion.trained_tokens",
             "return max(completion.trained_tokens",
         ),
+    ),
+    *within(
+        "data/tokenized/encoder.py",
+        SEVERAL,
         ("several turns trained whole", "None if all(loss_mask) else loss_mask, number)", "None, number)"),
     ),
     *within(
@@ -400,7 +405,7 @@ MUTANTS: list[Mutant] = [
         ),
     ),
     *within(
-        "config_checks.py",
+        "config_unused.py",
         CONFIG,
         (
             "an unused option accepted",
@@ -558,7 +563,7 @@ MUTANTS: list[Mutant] = [
     ),
     *within(
         "model/build.py",
-        "tests/distributed/test_families_with_experts.py",
+        WITH_EXPERTS,
         ("biases of different experts added", 'setattr(parameter, "sequence_parallel", False)', "pass"),
     ),
     *within(
@@ -850,8 +855,9 @@ MUTANTS: list[Mutant] = [
             "scores.gather(1, experts)",
             "(scores + self.expert_bias).gather(1, experts)",
         ),
-        ("experts chosen without the bias", "scores = scores + self.expert_bias", "scores = scores + 0"),
-        ("groups compared by their best expert", "of_groups.topk(2, dim=-1)", "of_groups.topk(1, dim=-1)"),
+        ("experts chosen without the bias", "scores.detach() + self.expert_bias", "scores.detach()"),
+        ("groups compared by their best expert", "best=2)", "best=1)"),
+        ("groups of a softmax router by two experts", "best=1)", "best=2)"),
         ("no factor on weights", "if self.config.moe_router_topk_scaling_factor is not None:", "if False:"),
     ),
     *within(
@@ -1452,6 +1458,11 @@ MUTANTS: list[Mutant] = [
         ("the wrong model better", "other[question] - baseline[question]", "baseline[question] - other[question]"),
     ),
     *within(
+        "evaluation/generation.py",
+        "tests/unit/test_evaluation_generation.py",
+        ("keys of a window taken for all", "type(layer) is DynamicLayer for", "isinstance(layer, DynamicLayer) for"),
+    ),
+    *within(
         "evaluation/scored.py",
         TASKS,
         ("a question counted once for each depth", "count=len(questions),", "count=len(answered),"),
@@ -1530,6 +1541,21 @@ MUTANTS: list[Mutant] = [
             "the first heads' parameters on every context-parallel rank",
             "x.chunk(group.size())[group.rank()]",
             "x.chunk(group.size())[0]",
+        ),
+    ),
+    *within(
+        "model/latent_attention.py",
+        PARITY,
+        ("RoPE on halves", "torch.cat((x[..., ::2], x[..., 1::2]), -1)", "x"),
+        ("norms of latents with the model's epsilon", "config.kv_lora_rank, EPSILON", "config.kv_lora_rank, 1e-5"),
+    ),
+    *within(
+        "model/latent_attention.py",
+        WITH_EXPERTS,
+        (
+            "the shared channels' gradient of one rank's heads",
+            "gather_from_sequence_parallel_region(shared, group=self.tp_group)",
+            "gather_from_sequence_parallel_region(shared, tensor_parallel_output_grad=False, group=self.tp_group)",
         ),
     ),
 ]

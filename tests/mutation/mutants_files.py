@@ -12,6 +12,7 @@ TOKENIZERS = "tests/unit/test_tokenizer.py"
 TWO_VERSIONS = "tests/unit/test_portable_export.py"
 NEW_TOKENS = "tests/functional/test_special_tokens.py"
 KILLS = "tests/functional/test_convert_survival.py"
+TRAINERS = "tests/functional/test_trainers.py"
 WRITING = "tests/unit/test_hf_folder.py tests/functional/test_convert.py"
 
 CONVERSION = [
@@ -23,7 +24,11 @@ CONVERSION = [
             "parameter.chunk(size, dimension)[rank]",
             "parameter.chunk(size, dimension)[0]",
         ),
-        ("one part for the whole", "else torch.cat(list(parts), dimension)", "else parts[0]"),
+        (
+            "one part for the whole",
+            "if dimension is None:\n            return parts[0]",
+            "if True:\n            return parts[0]",
+        ),
         ("a copy that broadcasts", "if target.shape != source.shape:", "if False:"),
         (
             "the vocabulary's first rows for every process",
@@ -44,10 +49,10 @@ CONVERSION = [
         ("gate and up exchanged on import", "zip(parameter.chunk(2), tensors", "zip(parameter.chunk(2)[::-1], tensors"),
         (
             "gate and up cut as one",
-            "torch.cat([half.chunk(size)[rank] for half in parameter.chunk(2)])",
-            "parameter.chunk(size)[rank]",
+            "return [half.chunk(size)[rank] for half in parameter.chunk(2)]",
+            "return parameter.chunk(size)[rank].chunk(2)",
         ),
-        ("gate and up joined as one", "torch.cat([torch.cat(half) for half in halves])", "torch.cat(list(parts))"),
+        ("gate and up exchanged where parts are joined", "return shard.chunk(2)", "return shard.chunk(2)[::-1]"),
     ),
     *within(
         "model/families/operators.py",
@@ -194,12 +199,34 @@ CONVERSION = [
     *within(
         "conversion/stored.py",
         "tests/functional/test_convert.py",
-        ("another model's weights accepted", "if problem:", "if False:"),
+        ("another model's weights accepted", 'raise self._refusal(f"its', 'self._refusal(f"its'),
         (
             "another padding refused",
-            "stored.size[int(part.allow_shape_mismatch) :] != part.global_shape[int(part.allow_shape_mismatch) :]",
-            "stored.size != part.global_shape",
+            "tuple(tensor.size)[int(part.allow_shape_mismatch) :] != place.whole[int(part.allow_shape_mismatch) :]",
+            "tuple(tensor.size) != place.whole",
         ),
+    ),
+    *within(
+        "conversion/stored.py",
+        TRAINERS,
+        ("norms of one name", "filter(None, (match[2], _OTHER_NORM.get(match[2])))", "(match[2],)"),
+        ("the first layer for all", "{layer}.{name}", "0.{name}"),
+    ),
+    *within(
+        "conversion/stored_index.py",
+        TRAINERS,
+        (
+            "an index that runs code",
+            'raise pickle.UnpicklingError(f"{module}.{name}")',
+            "return super().find_class(module, name)",
+        ),
+    ),
+    *within(
+        "conversion/trainers.py",
+        TRAINERS,
+        ("settings not compared", "is not None and other != value", "is not None and False"),
+        ("tensors lost", "if left_over:", "if False:"),
+        ("cut files accepted", "if size < end:", "if False:"),
     ),
     *within(
         "conversion/megatron_folder.py",
@@ -385,7 +412,7 @@ DATA = [
         ),
     ),
     *within(
-        "data/tokenized/tokens.py",
+        "data/tokenized/encoder.py",
         "tests/unit/test_tokens.py",
         ("sampled ids of another text", "if text in texts:", "if True:"),
     ),
@@ -440,15 +467,27 @@ DATA = [
             "list(work.outputs)",
         ),
         ("a file elsewhere deleted", " and folder in path.absolute().resolve().parents]", "]"),
-        ("Ctrl-C not passed on", "os.killpg(process.pid, signal.SIGINT)", "None"),
+    ),
+    *within("stage_process.py", PIPELINE, ("Ctrl-C not passed on", "os.killpg(process.pid, signal.SIGINT)", "None")),
+    *within(
+        "rounds.py",
+        "tests/unit/test_recipe.py",
+        ("each round from the first model", "            previous = model\n", ""),
+        ("one seed of all rounds", "stage.with_seed(seed + number - 1)", "stage.with_seed(seed)"),
+    ),
+    *within(
+        "serving.py",
+        "tests/functional/test_rounds.py -k server",
+        ("a server left with the model before", "if folder == self._folder and (", "if self._folder and ("),
+        ("a failed reload overlooked", "            if reason:\n", "            if False:\n"),
     ),
     *within(
         "matrix.py",
         MATRIX,
-        ("a result kept whatever its options", "is not None and before == stages:", "is not None:"),
+        ("a result kept whatever its options", "_kept(file)) == stages and (", "_kept(file)) is not None and ("),
         (
             "a seed of the recipe kept",
-            "for stage in reversed(with_seed(stages, seed)):",
+            "for stage in (one.with_seed(seed) for one in reversed(stages)):",
             "for stage in reversed(stages):",
         ),
         ("another variant's stages before its own", "dataclasses.replace(stage, reads=())", "stage"),

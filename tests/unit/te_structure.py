@@ -175,6 +175,51 @@ def compare_checkpoints(here: Any, folder: Path, work: Path, first: str, then: s
     }
 
 
+def trainer_starts_from_folder(here: Any, folder: Path, work: Path) -> dict[str, bool]:
+    """Whether a model of megatron-core's own spec for Transformer Engine, as Megatron-LM and Megatron-Bridge build it,
+    loads a Megatron folder with their default strictness, and has its weights then."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+    from megatron_solopo.conversion.megatron_folder import save_megatron_folder
+    from megatron_solopo.conversion.sidecar_files import SidecarFiles, config_json
+    from megatron_solopo.conversion.start import open_hf_weights
+    from megatron_solopo.conversion.trainers import state_of_trainers
+    from megatron_solopo.model.transformer_engine import portable_name
+    from megatron_solopo.training.engine import build_chunks
+
+    expected = engine_of(here, folder, "transformer_engine")
+    hf_config, settings = expected.hf_config, expected.models[0].config
+    models = build_chunks(hf_config, options(), torch.bfloat16)
+    vocabulary = models[0].vocab_size
+    beside = state_of_trainers(hf_config, models[0].config, vocabulary, torch.bfloat16)
+    sidecar_files = SidecarFiles(folder, config_json(folder, hf_config, torch.bfloat16))
+    weights = open_hf_weights(models, hf_config, folder, None)
+    save_megatron_folder(models, sidecar_files, work, weights, beside)
+    spec = get_gpt_layer_with_transformer_engine_spec(
+        settings.num_moe_experts, moe_grouped_gemm=True, qk_layernorm=settings.qk_layernorm
+    )
+    with cuda_seems_there():
+        model = GPTModel(
+            settings,
+            spec,
+            vocab_size=vocabulary,
+            max_sequence_length=SHAPE["max_position_embeddings"],
+            position_embedding_type="none",
+            share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
+        )
+    state = {"model": model.sharded_state_dict(metadata={"singleton_local_shards": False})}
+    loaded: Any = dist_checkpointing.load(state, str(work / "release"))
+    model.load_state_dict(loaded["model"])
+    ours = {portable_name(name): parameter for name, parameter in expected.models[0].named_parameters()}
+    theirs = {portable_name(name): parameter for name, parameter in model.named_parameters()}
+    return {
+        "same_names": ours.keys() == theirs.keys(),
+        "same_values": all(torch.equal(ours[name], theirs[name]) for name in ours),
+    }
+
+
 def second_moments(optimizer: Any, named: dict[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
     """Adam's, by the parameter's portable name."""
     names = {id(parameter): name for name, parameter in named.items()}
@@ -314,9 +359,10 @@ def main(work: Path) -> None:
         for name, hf_config in MODELS.items():
             write_model(work / name, hf_config)
     torch.distributed.barrier()
-    facts: dict[str, Any] = {"models": {}, "checkpoints": {}}
+    facts: dict[str, Any] = {"models": {}, "checkpoints": {}, "trainers": {}}
     for name in MODELS:
         folder = work / name
+        facts["trainers"][name] = trainer_starts_from_folder(here, folder, work / f"{name}-trainer")
         facts["models"][name] = compare_models(here, folder)
         for first, then in itertools.permutations(("portable", "transformer_engine")):
             facts["checkpoints"][f"{name}, {first} to {then}"] = compare_checkpoints(

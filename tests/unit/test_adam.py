@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import SHAPE, preference_groups, write_lines, write_model
+from training_home import TIMES
 from transformers import LlamaConfig
 
 from megatron_solopo.config import Config
@@ -61,7 +62,7 @@ def run(engine: Any, home: Path, tmp_path: Path, pieces: None) -> Iterator[Run]:
         ]  # fmt: skip
         end_model_parallel()
         train(engine, config_load.load(list(map(str, argv)))[0])
-        times = ("seconds", "tokens_per_second", "memory_gib", "warnings")  # warnings are of all lines of a run
+        times = {*TIMES, "warnings"}  # warnings are of all lines of a run
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         return [{k: v for k, v in line.items() if k not in times} for line in lines if line["split"] == "train"]
 

@@ -10,8 +10,8 @@ import yaml
 from option_lines import argv, last_wins
 
 from megatron_solopo.config import OWNER, Config, flag
-from megatron_solopo.config_checks import unused
 from megatron_solopo.config_load import build_parser, load
+from megatron_solopo.config_unused import unused
 from megatron_solopo.losses.registry import preference_loss
 from megatron_solopo.training.run_folder import effective, write_settings
 
@@ -149,6 +149,8 @@ NEEDED_FOR = {
     "ld_alpha": ["--preference-loss", "ld_dpo"],
     "label_smoothing_form": ["--label-smoothing", "0.1"],
     "sft_normalization": ["--sft-weight", "1"],
+    "tensorboard_log_interval": ["--tensorboard-dir", "events"],
+    "tensorboard_queue_size": ["--tensorboard-dir", "events"],
     "wandb_exp_name": ["--wandb-project", "p"],
     "wandb_save_dir": ["--wandb-project", "p"],
     "alignment_huber_delta": ["--alignment-distance", "huber"],

@@ -64,7 +64,8 @@ from megatron_solopo.training.dry_run import _rank_table
 from megatron_solopo.training.engine import build_engine, initialize_parallel
 from megatron_solopo.training.objective import step_inputs
 from megatron_solopo.training.preflight import load_data
-from megatron_solopo.training.step import make_packs, run_parts
+from megatron_solopo.training.step import run_parts
+from megatron_solopo.training.step_work import make_packs
 
 result = {"choices": context.choices(), "help": config_load.build_parser().format_help()}
 try:

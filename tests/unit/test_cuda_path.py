@@ -15,6 +15,7 @@ import torch
 from refusals import check, refused
 from segment_names import prompt_of
 from tiny_models import SHAPE, preference_groups, write_lines, write_model
+from training_home import TIMES
 from transformers import LlamaConfig
 
 from megatron_solopo.config import Config, ModelConfig, TrainingConfig
@@ -261,10 +262,9 @@ def test_the_fused_adam_is_adam_and_resumes(
         end_model_parallel()
         train(engine, config_load.load(list(map(str, argv)))[0])
         assert {(g.get("fused"), g.get("foreach")) for g in built[-1].param_groups} == {(fused, False)}
-        times = ("seconds", "tokens_per_second", "memory_gib")
         lines = [json.loads(line) for line in (tmp_path / save / "metrics.jsonl").read_text().splitlines()]
         lines = [line for line in lines if line["split"] == "train"]
-        return [{name: value for name, value in line.items() if name not in times} for line in lines]
+        return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
 
     single, fused = run(False, "single"), run(True, "fused")
     assert [line["loss"] for line in fused] == pytest.approx([line["loss"] for line in single], rel=1e-5)

@@ -51,7 +51,12 @@ def test_contexts_and_responses_are_never_replaced(files: list[str], tmp_path: P
 
 
 def test_counts_and_the_one_group(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (group,) = build(files, tmp_path)
+    (group,) = build(files, tmp_path, "--counts-output", str(tmp_path / "counts.json"))
+    counts = json.loads((tmp_path / "counts.json").read_text())
+    assert counts == {
+        "scorer": "sub_em", "questions": 6, "sampled": 5, "paired": 1, "all_right": 2, "all_wrong": 1, "undecided": 0,
+        "no_response": 1, "groups": 1, "responses": 10, "right_responses": 6,
+    }  # fmt: skip
     assert group.id == "mixed" and group.answers == ["Paris", "City of Light"] and group.source == "test"
     assert group.short_messages[0]["content"] == "short mixed" and group.long_messages[0]["content"] == "long mixed"
     assert group.chosen in ("It is Paris.", "the city of light, I think so", "Paris")
@@ -212,6 +217,8 @@ def test_gold_is_a_dry_run_without_a_model(tmp_path: Path) -> None:
         assert group.chosen == f"The answer is {group.answers[0]}."
         assert group.rejected != group.chosen and group.rejected.startswith("The answer is ")
     assert len({group.rejected for group in groups}) > 1
+    for group in build(files, tmp_path, "--gold-template", "It is {answer}"):
+        assert group.chosen == f"It is {group.answers[0]}" and group.rejected.startswith("It is ")
 
 
 @pytest.mark.parametrize(

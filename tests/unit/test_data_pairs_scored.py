@@ -151,6 +151,8 @@ WRONG_OPTIONS = {
     ),
     "no finite number": ("--incorrect-threshold=-inf", "option-value", "--incorrect-threshold -inf: "),
     "no rank": ("--all-right ranked --scorer em", "option-conflict", "--all-right ranked ", "--scorer em: "),
+    "no answer": ("--all-wrong gold --gold-template answer", "option-value", "--gold-template answer: ", "{answer}"),
+    "no gold": ("--gold-template {answer}", "option-unused", "--gold-template {answer} ", "--all-wrong gold"),
     "no rank in the plain form": (
         "--all-wrong ranked --scorer sub_em_plain",
         *("option-conflict", "--all-wrong ranked ", "--scorer sub_em_plain: "),

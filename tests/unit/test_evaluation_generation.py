@@ -4,9 +4,10 @@ import json
 import random
 
 import pytest
+import torch
 from answering import one_by_one, random_prompts, write_model
 from refusals import refused
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaConfig, MistralConfig, MistralForCausalLM
 
 from megatron_solopo.data.hf_model import check_reach, load_model, reach
 from megatron_solopo.data.text.chat import load_tokenizer
@@ -38,6 +39,28 @@ def test_a_response_is_finished_where_it_ended_itself(folder, batch_tokens):
     for limit in (shortest, shortest - 1, 11):
         responses = generate(model, tokenizer, prompts, limit, batch_tokens)
         assert [response.finished for response in responses] == [length <= limit for length in lengths]
+
+
+@pytest.mark.parametrize("family", ["llama", "sliding window"])
+def test_the_log_prob_of_a_gold_answer_is_that_of_one_pass(folder, tmp_path, family):
+    """In float64, one by one; a batch has golds of several lengths, and windows shorter than a prompt."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if family == "sliding window":
+        config = MistralConfig(**{**LlamaConfig.from_pretrained(folder).to_dict(), "sliding_window": 6})
+        folder = tmp_path / "windows"
+        MistralForCausalLM(config).save_pretrained(folder)
+    prompts = random_prompts(12)
+    golds = [[7 + number % 5, *range(9, 9 + number % 4)] for number in range(12)]
+    model, double = load_model(folder, "cpu", "auto"), load_model(folder, "cpu", "float32").double()
+    expected = []
+    for prompt, gold in zip(prompts, golds, strict=True):
+        log_probs = double(torch.tensor([[*prompt, *gold]])).logits[0].log_softmax(-1)
+        expected.append(log_probs[len(prompt) - 1 : -1].gather(1, torch.tensor(gold)[:, None]).mean().item())
+    plain = generate(model, tokenizer, prompts, 12)
+    for batch_tokens in (150, 100_000):
+        responses = generate(model, tokenizer, prompts, 12, batch_tokens, golds=golds)
+        assert [response.text for response in responses] == [response.text for response in plain]
+        assert [response.gold_log_prob for response in responses] == pytest.approx(expected, abs=2e-5)
 
 
 def test_settings_stored_with_the_checkpoint_do_not_change_the_measurement(folder, tmp_path):

@@ -28,9 +28,14 @@ def test_report_of_runs_and_evaluations(tmp_path, capsys):
             for label, score in (("base", 0.2), ("short-PO", 0.3), ("SoLoPO", 0.95))
         ),
     ]
+    counts = {"sampled": 40, "paired": 10, "all_right": 4, "all_wrong": 20, "responses": 320, "right_responses": 80}
+    (tmp_path / "c.json").write_text(json.dumps(counts | {"groups": 12, "scorer": "sub_em"}))
+    arguments += ["--counts", f"one={tmp_path / 'c.json'}"]
     assert report.main(arguments) == 0
     text = (tmp_path / "out" / "report.md").read_text()
     assert text.startswith("# Three methods\n")
+    [sampled] = rows_of(text, r"\| label +\| +questions")[2:]
+    assert sampled == ["one", "40", "320", "25.0%", "10.0%", "50.0%", "25.0%", "12"]
     for name in ("report-accuracy.png", "report-training.png", "report-supervised.png"):
         assert f"]({name})" in text
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
@@ -48,6 +53,13 @@ def test_report_of_runs_and_evaluations(tmp_path, capsys):
     ]
     assert "6,000" in row and " 0.5 " in row and " 1.60 " in row  # 60 x 100 tokens, 60 x 0.5 s, memory at the last step
     assert "3 figures" in capsys.readouterr().out
+
+
+def test_counts_of_another_kind_are_refused(tmp_path):
+    (tmp_path / "c.json").write_text("{}")
+    for name, code in (("c.json", "field-missing"), ("d.json", "file-missing")):
+        with refused(code, f"--counts {tmp_path / name}: "):
+            report.main(["--output", str(tmp_path / "r.md"), "--counts", str(tmp_path / name)])
 
 
 SOLO = {"po_loss": 0.6, "alignment_loss": 0.2, "reward_chosen": 0.1, "reward_rejected": -0.1, "logp_chosen": -9.0}
@@ -369,3 +381,27 @@ def test_a_score_of_a_file_that_nobody_declared_is_in_the_tables(tmp_path):
     assert rows_of(drawn, r"\| rouge ")[2:] == [["a", "0.75 [0.70, 0.80]"]]
     with refused("metric-unknown", "--metric bleu: ", "sub_em, "):
         report.write_report(tmp_path / "r.md", (), evaluations, metric="bleu")
+
+
+@pytest.mark.parametrize("metric", ["sub_em", "gold_log_prob"])
+def test_log_probs_of_gold_answers_have_their_own_axis_and_differences(tmp_path, monkeypatch, metric):
+    figures = {}
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.update({path.name: figure}))
+    paths = [write_evaluation(tmp_path / f"{name}.json", {8: 0.5}, count=2) for name in "ab"]
+    for path, mean in zip(paths, (-3.0, -2.0), strict=True):
+        whole = json.loads(path.read_text())
+        values = whole["metrics"]["8 documents"]
+        values["gold_log_prob"], values["interval"]["gold_log_prob"] = mean, [mean - 1, mean + 1]
+        path.write_text(json.dumps(whole))
+        scores = [{"id": str(n), "length": "8 documents", "gold_log_prob": mean + n, "sub_em": 1.0} for n in (-1, 1)]
+        results.predictions_path(path).write_text("".join(json.dumps(one) + "\n" for one in scores))
+    evaluations = [results.read_evaluation(f"{path.stem}={path}") for path in paths]
+    text = report.write_report(tmp_path / "r.md", (), evaluations, metric=metric)[0].read_text()
+    assert rows_of(text, r"\| log-prob of the gold answer ")[2:] == [
+        ["a", "-3.00 [-4.00, -2.00]"],
+        ["b", "-2.00 [-3.00, -1.00]"],
+    ]
+    assert "+1.000 | [+1.000, +1.000]" in text and "plain sub-EM / EM / F1 / log-prob" not in text
+    name = {"sub_em": "r-gold-log-prob.png", "gold_log_prob": "r-accuracy.png"}[metric]
+    [axes] = figures[name].axes
+    assert axes.get_ylabel() == "Log-prob of the gold answer (nats per token)" and axes.get_ylim()[0] < -4

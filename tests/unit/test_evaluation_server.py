@@ -173,9 +173,34 @@ def test_tasks_from_a_server(
     both(server, bytes_folder, tmp_path, *chat, only=("--server-api", "chat"))
 
 
+def test_gold_answers_are_scored_as_in_this_process(
+    folder: Path, questions: Path, serve: Callable[[Answer], Scripted], tmp_path: Path
+) -> None:
+    server = serve(Served(folder))
+    asked = ("--data", questions, "--context-documents", "2,8", "--gold-log-prob", *PROMPT)
+    evaluate.main(command(folder, tmp_path / "here.json", *asked))
+    evaluate.main(served(server, folder, tmp_path / "there.json", *asked))
+    here, there = (json.loads((tmp_path / f"{name}.json").read_text())["metrics"] for name in ("here", "there"))
+    assert [*here] == [*there] == ["2 documents", "8 documents"]
+    for length, scores in here.items():
+        assert scores["gold_log_prob"] == pytest.approx(there[length]["gold_log_prob"], abs=2e-5)
+        low, high = scores["interval"]["gold_log_prob"]
+        assert low < scores["gold_log_prob"] < high < 0 and scores["interval_method"]["gold_log_prob"] == "bootstrap"
+    lines = (tmp_path / "here.predictions.jsonl").read_text().splitlines()
+    of_questions = [json.loads(line)["gold_log_prob"] for line in lines]
+    assert len(set(of_questions)) == 12 and sum(of_questions[:6]) / 6 == here["2 documents"]["gold_log_prob"]
+
+
 @pytest.mark.parametrize(
     ("owner", "more", "code", "named"),
     [
+        ("vllm", "--tasks ruler_vt --gold-log-prob", "option-unused", ["--gold-log-prob", "--tasks"]),
+        (
+            "vllm",
+            "--data {choices} --context-tokens 99 --gold-log-prob --server-api chat",
+            "option-conflict",
+            ["--gold-log-prob", "completions"],
+        ),
         ("vllm", "--tasks ruler_vt --server-api chat", "option-conflict", ["--tasks ruler_vt with --server-api chat"]),
         ("vllm", "--tasks multiple_choice={choices} --server-api chat", "option-conflict", ["completions"]),
         ("someone", "--tasks multiple_choice={choices}", "server-log-probs-missing", ["(echo)", "without --server"]),

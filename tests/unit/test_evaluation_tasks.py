@@ -16,6 +16,7 @@ from benchmark_files import (
     write_squad,
 )
 from refusals import refused
+from transformers.data.metrics.squad_metrics import compute_exact, compute_f1, normalize_answer
 
 from megatron_solopo.evaluation import evaluate, report
 from megatron_solopo.evaluation.scorers import score_answer
@@ -228,6 +229,19 @@ def test_scores_are_the_benchmarks_own_on_generated_answers(name):
         )
         values.add(expected)
     assert {0.0, 1.0} <= values
+
+
+@pytest.mark.parametrize(("name", "official"), [("em", compute_exact), ("f1", compute_f1)])
+def test_em_and_f1_are_squads_on_generated_answers(name, official):
+    """In SQuAD's normalisation; answers of articles alone count here, and yes and no follow HotpotQA's rule."""
+    compared = set()
+    for prediction, answers in _generated_answers(name, 500):
+        texts = [normalize_answer(text) for text in (prediction, *answers)]
+        if all(texts[1:]) and not {"yes", "no"} & set(texts):
+            expected = max(float(official(answer, prediction)) for answer in answers)
+            assert score_answer(name, prediction, answers, "squad") == pytest.approx(expected, abs=1e-12)
+            compared.add((prediction, expected))
+    assert len(compared) > 200 and {0.0, 1.0} <= {value for _, value in compared}
 
 
 @pytest.mark.parametrize(

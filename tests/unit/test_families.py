@@ -14,13 +14,16 @@ from typing import Any
 import pytest
 import torch
 from refusals import refused
-from tiny_models import EXPERTS, QWEN3_MOE, RECURRENT, SHAPE, SHARED_EXPERT
+from tiny_models import EXPERTS, LATENT, QWEN3_MOE, RECURRENT, SHAPE, SHARED_EXPERT
 from transformers import (
+    DeepseekV2Config,
+    DeepseekV3Config,
     Gemma2Config,
     Gemma3TextConfig,
     Gemma4TextConfig,
     Glm4Config,
     Glm4MoeConfig,
+    Glm4MoeLiteConfig,
     GlmConfig,
     GptOssConfig,
     LlamaConfig,
@@ -53,7 +56,9 @@ KINDS: tuple[type[PretrainedConfig], ...] = (
     *(MinistralConfig, Ministral3Config, MistralConfig),
     *(MixtralConfig, Olmo2Config, Olmo3Config, Phi3Config, Qwen2Config, Qwen3Config, Qwen3MoeConfig, SmolLM3Config),
     *(Qwen3_5TextConfig, Qwen3_5MoeTextConfig, Qwen3NextConfig),
+    *(DeepseekV2Config, DeepseekV3Config, Glm4MoeLiteConfig),
 )
+LATENT_KINDS = (DeepseekV2Config, DeepseekV3Config, Glm4MoeLiteConfig)
 RECURRENT_KINDS = (Qwen3_5TextConfig, Qwen3_5MoeTextConfig, Qwen3NextConfig)
 EXPERT_FIELDS = EXPERTS | QWEN3_MOE
 
@@ -63,6 +68,9 @@ def small(kind: type[PretrainedConfig], **fields: Any) -> PretrainedConfig:
     experts = EXPERTS if kind in (GptOssConfig, MixtralConfig) else experts
     if kind in RECURRENT_KINDS:
         experts = RECURRENT | ({} if kind is Qwen3_5TextConfig else SHARED_EXPERT)
+    if kind in LATENT_KINDS:
+        experts = LATENT | ({} if kind is DeepseekV2Config else {"n_group": 1, "topk_group": 1})
+        experts |= {} if kind is Glm4MoeLiteConfig else {"first_k_dense_replace": 1}
     return kind(**(SHAPE | experts | {"pad_token_id": 0} | fields))
 
 
@@ -94,7 +102,7 @@ SUPPORTED = {
 def code_of(kind: type[PretrainedConfig], field: str) -> str:
     if field == "quantization_config":
         return "model-quantized"
-    supported = field in UNSUPPORTED or (field == "mlp_bias" and kind in (LlamaConfig, SmolLM3Config))
+    supported = field in UNSUPPORTED or (field == "mlp_bias" and kind in (LlamaConfig, SmolLM3Config, *LATENT_KINDS))
     return "model-field-unsupported" if supported else "model-field-unknown"
 
 
@@ -178,6 +186,10 @@ def test_other_numbers_that_mean_nothing_are_refused_by_name(field: str, value: 
         (GlmConfig, "partial_rotary_factor", 0.29, ["partial_rotary_factor = 0.29 of head_dim 128", "even number"]),
         (Qwen3_5TextConfig, "linear_num_key_heads", 3, ["linear_num_value_heads = 4 ", "linear_num_key_heads = 3"]),
         (Qwen3NextConfig, "linear_conv_kernel_dim", 0, ["linear_conv_kernel_dim = 0 ", "at least 1"]),
+        (DeepseekV3Config, "n_group", 3, ["n_group = 3 ", "4 experts"]),
+        (DeepseekV3Config, "kv_lora_rank", 0, ["kv_lora_rank = 0 ", "at least 1"]),
+        (DeepseekV2Config, "qk_rope_head_dim", 7, ["qk_rope_head_dim = 7 ", "even"]),
+        (Glm4MoeLiteConfig, "mlp_layer_types", ["sparse", "dense"], ["mlp_layer_types = ['sparse', 'dense'] "]),
         (GlmConfig, "partial_rotary_factor", 2.0, ["partial_rotary_factor = 2.0 of head_dim 128", "at most all"]),
     ],
 )
@@ -358,6 +370,50 @@ def test_biases_of_experts_are_portable_and_not_cut() -> None:
     check_biased_experts(hf_config, Config(parallel=two))
 
 
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (DeepseekV2Config, {"topk_method": "noaux_tc"}),
+        (DeepseekV2Config, {"norm_topk_prob": True}),
+        (DeepseekV2Config, {"scoring_func": "sigmoid"}),
+        (DeepseekV3Config, {"topk_method": "greedy"}),
+        (DeepseekV3Config, {"moe_layer_freq": 2}),
+        (DeepseekV3Config, {"rope_interleave": False}),
+        (DeepseekV3Config, {"num_key_value_heads": 2}),
+        (DeepseekV3Config, {"head_dim": 24}),
+        (Glm4MoeLiteConfig, {"attention_bias": True}),
+        (Glm4MoeLiteConfig, {"first_k_dense_replace": 0}),
+    ],
+)
+def test_latent_attention_and_its_routers_have_one_form_each(
+    kind: type[PretrainedConfig], fields: dict[str, Any]
+) -> None:
+    (name,) = fields
+    with refused("model-field-unsupported", f"config.json: {name} = "):
+        family_of(small(kind, **fields))
+
+
+DEEPSEEK_V3 = dict(ep_size=1, moe_layer_freq=1, scoring_func="sigmoid", topk_method="noaux_tc", seq_aux=True)
+DEEPSEEK_V3 |= dict(aux_loss_alpha=0.001, num_nextn_predict_layers=1)
+
+
+def test_layers_of_multi_token_prediction_follow_the_models_own() -> None:
+    """Of a config.json with DeepSeek-V3's fields."""
+    hf_config = small(DeepseekV3Config, **DEEPSEEK_V3)
+    assert family_of(hf_config).carried(hf_config) == ("model.layers.2.",)
+
+
+@pytest.mark.parametrize("kind", LATENT_KINDS)
+def test_latent_attention_is_portable_and_has_no_adapters(kind: type[PretrainedConfig]) -> None:
+    from megatron_solopo.conversion.adapters import check_adapters
+    from megatron_solopo.model.transformer_engine import check_widths
+
+    with refused("model-portable-only", f"{kind.model_type} have latent attention", "use portable"):
+        check_widths(small(kind), Config(model=ModelConfig(transformer_impl="transformer_engine")))
+    with refused("adapter-unsupported", "--lora-rank: ", kind.model_type, "latents"):
+        check_adapters(ModelConfig(lora_rank=4), small(kind))
+
+
 @pytest.mark.parametrize("field", [{"swiglu_limit": 10.0}, {"experts_per_token": 3}, {"attention_bias": False}])
 def test_fields_that_transformers_does_not_read_have_one_value(field: dict[str, Any]) -> None:
     (name,) = field
@@ -418,6 +474,10 @@ def test_layers_of_another_attention_are_refused(kinds: list[str]) -> None:
         family_of(small(Qwen2Config, layer_types=kinds))
 
 
+DEEPSEEK_V2_LITE: dict[str, Any] = dict(hidden_size=2048, intermediate_size=10944, num_hidden_layers=27)
+DEEPSEEK_V2_LITE |= dict(num_attention_heads=16, q_lora_rank=None, moe_intermediate_size=1408, num_experts_per_tok=6)
+DEEPSEEK_V2_LITE |= dict(first_k_dense_replace=1)
+
 # Published figures; Mistral v0.3's is v0.1's 7.242 B with 768 more rows in two matrices.
 PARAMETERS = {
     "Qwen2.5-7B-Instruct": 7.616,
@@ -445,12 +505,18 @@ def test_real_shapes_have_their_parameters(engine: Any, solopo_data: Path, name:
         *[(SmolLM3Config, 3.075), (Phi3Config, 3.821), (Glm4Config, 9.4), (Gemma3TextConfig, None)],
         *[(Olmo3Config, None), (partial(GptOssConfig, num_hidden_layers=24, num_local_experts=32), 20.915)],
         *[(Qwen3_5TextConfig, None), (Qwen3_5MoeTextConfig, None), (Qwen3NextConfig, None)],
+        (partial(DeepseekV2Config, **DEEPSEEK_V2_LITE), 15.706),
+        *[
+            (partial(DeepseekV3Config, num_hidden_layers=4), None),
+            (partial(Glm4MoeLiteConfig, num_hidden_layers=2), None),
+        ],
     ],
 )
 def test_shapes_of_transformers_defaults(
     engine: Any, kind: Callable[[], PretrainedConfig], billions: float | None
 ) -> None:
-    """Those of SmolLM3-3B, Phi-3-mini, GLM-4-9B-0414 and gpt-oss-20b, whose figures are published."""
+    """Those of SmolLM3-3B, Phi-3-mini, GLM-4-9B-0414, gpt-oss-20b and DeepSeek-V2-Lite, whose figures are published;
+    DeepSeek-V3 and GLM-4.7-Flash with few layers."""
     check_parameters(kind(), billions)
 
 

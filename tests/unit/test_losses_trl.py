@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from megatron_solopo.config import MethodConfig
 from megatron_solopo.data.schema import PreferenceGroup
-from megatron_solopo.data.tokenized.tokens import Encoder
+from megatron_solopo.data.tokenized.encoder import Encoder
 
 ROLES = ("short_chosen", "short_rejected")
 LD_ALPHA = 0.4

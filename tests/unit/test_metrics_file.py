@@ -7,6 +7,7 @@ import json
 import math
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pandas
 import pytest
@@ -88,3 +89,25 @@ def test_a_run_without_a_step_is_left_out_of_a_report(tmp_path: Path, capsys: py
     evaluation = str(write_evaluation(tmp_path / "e.json", {8: 0.5}))
     assert report.main(["--output", str(tmp_path / "r.md"), "--runs", str(empty), "--evaluations", evaluation]) == 0
     assert "## Training" not in (tmp_path / "r.md").read_text()
+
+
+def test_tensorboard_has_every_nth_step_and_every_evaluation(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils import tensorboard
+
+    events = str(tmp_path / "events")
+    output = OutputConfig(
+        save=str(tmp_path), tensorboard_dir=events, tensorboard_log_interval=3, tensorboard_queue_size=7
+    )
+    log = RunLog(output, 99, 0, True)
+    with mock.patch.object(tensorboard, "SummaryWriter", side_effect=tensorboard.SummaryWriter) as writer:
+        log.begin()
+    for step in range(1, 8):
+        log.step(line(step))
+        log.step({"step": step, "split": "valid", "loss": 1.0})
+    log.close()
+    assert writer.call_args.kwargs["max_queue"] == 7
+    written = EventAccumulator(events)
+    written.Reload()
+    steps = {name: [event.step for event in written.Scalars(name)] for name in ("train/loss", "valid/loss")}
+    assert steps == {"train/loss": [3, 6], "valid/loss": list(range(1, 8))}

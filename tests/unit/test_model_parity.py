@@ -8,9 +8,12 @@ import transformers_in_double
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
     Gemma3TextConfig,
     Glm4Config,
     Glm4MoeConfig,
+    Glm4MoeLiteConfig,
     GlmConfig,
     GptOssConfig,
     LlamaConfig,
@@ -58,6 +61,10 @@ GPT_OSS = dict(head_dim=24, sliding_window=5, pad_token_id=None, rope_parameters
 GLM4_MOE = SMALL | dict(
     n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=40, head_dim=24, pad_token_id=None
 )
+# RoPE on adjacent pairs of 8 channels, keys of 20 and values of 12; YaRN's scale of the scores is 1.11 squared.
+LATENT = SMALL | dict(num_key_value_heads=4, qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=12, kv_lora_rank=20)
+LATENT |= dict(n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=40, first_k_dense_replace=1)
+MSCALE = YARN | {"mscale": 0.7, "mscale_all_dim": 0.8}
 LINEAR = dict(
     head_dim=24,
     linear_num_key_heads=2,
@@ -127,6 +134,29 @@ CONFIGS = {
         topk_group=1,
         norm_topk_prob=False,
         tie_word_embeddings=True,
+    ),
+    "deepseek-v2-lite": DeepseekV2Config(**LATENT, q_lora_rank=None, rope_parameters=MSCALE),
+    "deepseek-v2": DeepseekV2Config(
+        **LATENT | dict(first_k_dense_replace=0),
+        q_lora_rank=28,
+        topk_method="group_limited_greedy",
+        n_group=4,
+        topk_group=2,
+        routed_scaling_factor=1.6,
+        tie_word_embeddings=True,
+    ),
+    "deepseek-v3": DeepseekV3Config(
+        **LATENT | dict(first_k_dense_replace=2), q_lora_rank=28, n_group=4, topk_group=2, rope_parameters=MSCALE
+    ),
+    "deepseek-v3-wide-values": DeepseekV3Config(
+        **LATENT | dict(v_head_dim=20), q_lora_rank=None, n_group=1, topk_group=1, norm_topk_prob=False
+    ),
+    # rms_norm_eps is not that of the latents' norms
+    "glm4-moe-lite": Glm4MoeLiteConfig(
+        **{name: value for name, value in LATENT.items() if name != "first_k_dense_replace"} | {"n_routed_experts": 4},
+        q_lora_rank=28,
+        rms_norm_eps=1e-5,
+        pad_token_id=None,
     ),
     "gemma3": Gemma3TextConfig(**SMALL, **GEMMA3),
     "gemma3-untied-linear": Gemma3TextConfig(
@@ -270,6 +300,7 @@ LATER_FAMILIES = [
     *("ministral", "ministral3", "smollm3", "smollm3-window-without-rope", "phi3", "phi3-partial"),
     *("glm", "glm4", "glm4-moe", "glm4-moe-groups-and-biases", "gemma3", "gemma3-untied-linear", "olmo2", "olmo3"),
     *("gpt-oss", "gpt-oss-default-rope", "qwen3-5", "qwen3-5-tied", "qwen3-5-moe", "qwen3-next"),
+    *("deepseek-v2-lite", "deepseek-v2", "deepseek-v3", "deepseek-v3-wide-values", "glm4-moe-lite"),
 ]
 
 

@@ -13,6 +13,8 @@ from megatron_solopo.training.monitoring import (
     SHORT_SIDE,
     SPIKE,
     SPIKE_WINDOW,
+    STRAGGLER,
+    WAITS,
     WINDOW,
     Watch,
     length_bias,
@@ -110,6 +112,36 @@ def test_the_alignment_that_transferred_nothing_is_reported(loss, settings, warn
 
 def solo(step, short, long):
     return line(step, alignment_loss=abs(short - long), reward_chosen=short, reward_long_chosen=long)
+
+
+def compared(n, ratio, ranks="rank 3", lost=0.5):
+    return line(n, slowest_ratio=ratio, slowest_seconds=lost, slowest_ranks=ranks, slowest_hosts="node1")
+
+
+def test_a_copy_that_stays_slow_is_a_straggler():
+    """Once, until a comparison without it; comparisons are every tenth step."""
+    every_tenth = [compared(n, 1.3) if n % 10 == 0 else line(n) for n in range(1, 101)]
+    assert warned(Watch(10), every_tenth) == {20: [STRAGGLER]}
+    text = Watch_after(every_tenth[:19]).read(every_tenth[19])[STRAGGLER]
+    assert text.startswith("straggler: rank 3 on node1 took 1.30 times as long as the median of the other copies")
+    assert "0.5 s a step lost; reported above 1.2" in text
+    changing = [compared(n, 1.3, f"rank {n % 2}") for n in range(1, 9)]
+    quick = [compared(n, 9.0, lost=0.01) for n in range(1, 9)]
+    assert not warned(Watch(10), changing) and not warned(Watch(10), quick)
+    again = [compared(n, ratio) for n, ratio in enumerate([1.3, 1.3, 1.1, 1.3, 1.3, 1.3], 1)]
+    assert warned(Watch(10), again) == {2: [STRAGGLER], 5: [STRAGGLER]}
+
+
+def test_a_run_that_waits_for_data_is_reported():
+    def waiting(n, waited, seconds=2.0):
+        return line(n, data_seconds=waited, data_rank=n % 3 > 0, seconds=seconds)
+
+    slow = [waiting(n, 0.3) for n in range(1, 101)]
+    assert warned(Watch(10), slow) == {WINDOW: [WAITS]}
+    text = Watch_after(slow[: WINDOW - 1]).read(slow[WINDOW - 1])[WAITS]
+    assert text.startswith(f"the last {WINDOW} steps waited 0.3 of 2 s a step for data, rank 1 mostly the longest: ")
+    assert not warned(Watch(10), [waiting(n, 0.15) for n in range(1, 101)])
+    assert not warned(Watch(10), [waiting(n, 0.05, 0.1) for n in range(1, 101)])  # of a tiny model
 
 
 def test_an_alignment_that_only_lowers_the_short_reward_is_reported():

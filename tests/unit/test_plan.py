@@ -14,7 +14,7 @@ import pytest
 import yaml
 from refusals import refused
 from tiny_models import SHAPE
-from transformers import LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3MoeConfig
+from transformers import DeepseekV2Config, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3MoeConfig
 
 from megatron_solopo.config import Config
 from megatron_solopo.data.tokenized.batches import plan_step
@@ -39,6 +39,9 @@ WIDE |= dict(num_key_value_heads=4, max_position_embeddings=65536)
 DENSE = Qwen2Config(**WIDE, tie_word_embeddings=False)
 EXPERTS: dict[str, Any] = dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=512, norm_topk_prob=True)
 MOE = Qwen3MoeConfig(**WIDE | dict(num_hidden_layers=2), head_dim=64, **EXPERTS, tie_word_embeddings=False)
+LATENT: dict[str, Any] = dict(q_lora_rank=None, kv_lora_rank=256, qk_nope_head_dim=64, qk_rope_head_dim=32)
+LATENT |= dict(v_head_dim=64, n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=512, n_shared_experts=1)
+LATENTS = DeepseekV2Config(**WIDE | dict(num_hidden_layers=2, num_key_value_heads=16), **LATENT)
 SMALL = LlamaConfig(**SHAPE | dict(num_hidden_layers=4, max_position_embeddings=4096))
 
 
@@ -78,6 +81,7 @@ ESTIMATED = [
     (DENSE, "tp4", (FULL, TILES)),
     (MOE, "dp8 ep8", ()),
     (MOE, "tp2 sp dp4 ep4", (FULL,)),
+    (LATENTS, "dp8 ep8", ()),
     (MOE, "tp2 sp cp2 dp2 ep4 etp1", (FULL,)),
     (DENSE, "tp2 sp cp2 dp2", ("--reference=resident",)),
     (DENSE, "tp4", (FULL, TILES, *ROUNDED)),

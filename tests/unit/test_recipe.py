@@ -10,7 +10,8 @@ from refusals import check_refusal, refused
 
 from megatron_solopo.cli import dispatch, run
 from megatron_solopo.matrix import identity, run_of
-from megatron_solopo.recipe import read_recipe, readable
+from megatron_solopo.recipe import readable
+from megatron_solopo.recipe_file import read_recipe
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -106,7 +107,59 @@ def test_the_command_line_names_another_folder_and_seed(folder: Path, monkeypatc
     assert now == {name: line.replace("--seed 3", "--seed 7") for name, line in before.items()}
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("quickstart/*.yaml")), ids=lambda path: path.name)
+ITERATED = """\
+output: out
+stages:
+  first: {prepare-data: &prepare {data: [./q.jsonl], tokenizer: m, short_tokens: 8, long_tokens: 16, output: c.jsonl}}
+rounds:
+  count: 2
+  model: ./base
+  result: r$round/hf
+  stages:
+    ask: {sample-responses: {contexts: c.jsonl, model: $previous, seed: 4, output: r$round/r.jsonl}}
+    train:
+      train: {hf_path: $previous, train_data: r$round/g.jsonl, train_iters: 1, save: r$round/run, save_hf: $model}
+    all: {report: {runs: [$each=r$each/run, base=b/run], output: r$round/report.md}}
+"""
+
+
+def test_rounds_are_stages_behind_the_others(folder: Path) -> None:
+    (folder / "r.yaml").write_text(ITERATED)
+    now = lines(folder / "r.yaml")
+    assert list(now) == ["first", *(f"round-{n}.{name}" for n in (1, 2) for name in ("ask", "train", "all"))]
+    assert now["round-1.ask"] == (
+        f"solopo sample-responses --contexts c.jsonl --model {folder}/base --seed 4 --output r1/r.jsonl"
+    )
+    assert now["round-2.ask"] == "solopo sample-responses --contexts c.jsonl --model r1/hf --seed 4 --output r2/r.jsonl"
+    assert "--hf-path r1/hf " in now["round-2.train"] and "--save-hf r2/hf " in now["round-2.train"]
+    assert now["round-1.all"] == "solopo report --runs 1=r1/run base=b/run --output r1/report.md"
+    assert now["round-2.all"] == "solopo report --runs 1=r1/run 2=r2/run base=b/run --output r2/report.md"
+    seeded = lines(folder / "r.yaml", seed=7, rounds=1)
+    assert len(seeded) == 4 and "--seed 7" in seeded["round-1.ask"]
+    assert "--seed 8" in lines(folder / "r.yaml", seed=7)["round-2.ask"]
+
+    (folder / "v.yaml").write_text(
+        "base: r.yaml\nserving: {url: http://localhost:1/v1, command: serve $model}\nrounds:\n  count: 1\n  stages:\n"
+        "    ask: {served: $previous, sample-responses: {model: policy, tokenizer: $previous, samples: 2}}\n"
+    )
+    [_, ask, *_] = read_recipe(folder / "v.yaml").stages
+    assert ask.served == str(folder / "base")
+    assert (
+        lines(folder / "v.yaml")["round-1.ask"]
+        == now["round-1.ask"].replace(
+            f"--contexts c.jsonl --model {folder}/base",
+            "--server http://localhost:1/v1 --contexts c.jsonl --model policy",
+        )
+        + f" --tokenizer {folder}/base --samples 2"
+    )
+    assert "round-2.ask" not in lines(folder / "v.yaml")
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted([*EXAMPLES.glob("quickstart/*.yaml"), *EXAMPLES.glob("iterate/*.yaml")]),
+    ids=lambda path: path.name,
+)
 def test_the_recipes_of_the_examples_pass_every_check(path: Path) -> None:
     assert len(lines(path)) > 10
 
@@ -188,6 +241,55 @@ WRONG = {
         "'a'",
     ),
 }
+WRONG |= {
+    "round's variable": (
+        ITERATED.replace("seed: 4", "seed: $number"),
+        "recipe-variable",
+        "r.yaml:9: seed: $number: ",
+        "a round has no such variable",
+        "round, previous, model",
+    ),
+    "round without a model": (ITERATED.replace(", save_hf: $model", ""), "recipe-value", "r.yaml:4: rounds: ", "r1/hf"),
+    "one result of all rounds": (
+        ITERATED.replace("result: r$round/hf", "result: hf"),
+        "recipe-variable",
+        "r.yaml:4: rounds: result: hf: ",
+        "$round",
+    ),
+    "no rounds": (ITERATED.replace("count: 2", "count: none"), "recipe-value", "r.yaml:5: count: ", "'none'"),
+    "round's key": (ITERATED.replace("count: 2", "counts: 2"), "recipe-key", "r.yaml:5: ", "mean count?"),
+    "rounds of a matrix": (
+        ITERATED + "matrix: {seeds: [1], results: a, result: b, stages: {a: {ask: {}}}, variants: {a: {}}}\n",
+        "option-conflict",
+        "r.yaml:4: rounds: ",
+        "matrix",
+    ),
+    "no server": (
+        ITERATED.replace("ask: {", "ask: {served: $previous, "),
+        "recipe-incomplete",
+        "r.yaml:9: stage 'round-1.ask': served: ",
+        "serving:",
+    ),
+    "served report": (stage("    served: a\n    report: {}"), "recipe-key", "r.yaml:4: served: ", "report", "evaluate"),
+    "server without a model": (
+        "serving:\n  url: http://localhost:1/v1\n  command: serve\n" + ITERATED,
+        "recipe-variable",
+        "r.yaml:3: command: ",
+        "$model",
+    ),
+    "server's URL": (
+        "serving: {url: localhost, command: serve $model}\n" + ITERATED,
+        "recipe-value",
+        "r.yaml:1: url: ",
+        "'localhost'",
+    ),
+    "server of nobody": (
+        "serving: {url: http://localhost:1/v1}\n" + ITERATED,
+        "recipe-incomplete",
+        "r.yaml:1: serving: command: ",
+        "reload:",
+    ),
+}
 """Mistake -> (text of the recipe, code, start of the message, what else it names)"""
 
 
@@ -214,5 +316,9 @@ def test_an_unknown_stage_is_named(folder: Path) -> None:
 
     with refused("stage-unknown", "--from context: ", "mean contexts?"):
         main([str(folder / "r.yaml"), "--from", "context"])
+    with refused("option-unused", "--rounds 2 ", "no rounds:"):
+        main([str(folder / "r.yaml"), "--rounds", "2"])
+    with refused("option-value", "--rounds 0: "):
+        main([str(folder / "r.yaml"), "--rounds", "0"])
     with refused("option-conflict", "--only: ", "--from"):
         main([str(folder / "r.yaml"), "--from", "solo", "--only", "solo"])

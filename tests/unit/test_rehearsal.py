@@ -14,6 +14,7 @@ import pytest
 import torch
 from tiny_models import SHAPE
 from transformers import (
+    DeepseekV3Config,
     Glm4MoeConfig,
     LlamaConfig,
     PretrainedConfig,
@@ -164,19 +165,27 @@ def test_adapters_of_experts_are_what_arithmetic_says(
     assert estimated[GRADIENTS] == 4 * adapters
 
 
-MIXED = Glm4MoeConfig(
-    **SHAPE
-    | dict(hidden_size=HIDDEN, intermediate_size=96, num_hidden_layers=4, num_attention_heads=8, head_dim=8)
-    | dict(num_key_value_heads=4, vocab_size=VOCABULARY, max_position_embeddings=4096, pad_token_id=0)
-    | dict(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, n_shared_experts=2),
-    first_k_dense_replace=1,
-)
+FIRST_DENSE = SHAPE | dict(hidden_size=HIDDEN, intermediate_size=96, num_hidden_layers=4, num_attention_heads=8)
+FIRST_DENSE |= dict(vocab_size=VOCABULARY, max_position_embeddings=4096, pad_token_id=0, first_k_dense_replace=1)
+FIRST_DENSE |= dict(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, n_shared_experts=2)
+MIXED = Glm4MoeConfig(**FIRST_DENSE | dict(head_dim=8, num_key_value_heads=4))
 """A first layer without experts; shared ones, and a router's bias, in the others."""
+LATENT = dict(q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)
+LATENTS = DeepseekV3Config(**FIRST_DENSE | LATENT | dict(n_group=1, topk_group=1, num_key_value_heads=8))
+"""The same with latents, of which each tensor-parallel rank has the matrices and norms whole."""
 
 
-@pytest.mark.parametrize(("layout", "rank"), [("1", 0), ("pp2", 0), ("pp2", 1), ("tp2 sp ep2 etp1", 1)])
-def test_layers_with_and_without_experts_are_counted(rehearsals: Rehearsals, layout: str, rank: int) -> None:
-    [outcome] = rehearsals.each([task("--bf16", layout=layout, model=MIXED, rank=rank, packs=2)])
+@pytest.mark.parametrize(
+    ("model", "layout", "rank"),
+    [
+        *[(MIXED, "1", 0), (MIXED, "pp2", 0), (MIXED, "pp2", 1), (MIXED, "tp2 sp ep2 etp1", 1)],
+        *[(LATENTS, "pp2", 1), (LATENTS, "tp2 sp ep2 etp1", 1)],
+    ],
+)
+def test_layers_with_and_without_experts_are_counted(
+    rehearsals: Rehearsals, model: PretrainedConfig, layout: str, rank: int
+) -> None:
+    [outcome] = rehearsals.each([task("--bf16", layout=layout, model=model, rank=rank, packs=2)])
     parallel = options(layout=layout).parallel
     cut, stages, ranks = (
         parallel.tensor_model_parallel_size,
@@ -184,6 +193,9 @@ def test_layers_with_and_without_experts_are_counted(rehearsals: Rehearsals, lay
         parallel.expert_model_parallel_size,
     )
     attention = 3 * 64 * 64 // cut + 2 * HIDDEN  # query, keys and values, output; norms
+    if model is LATENTS:
+        of_heads = 8 * (24 * 16 + 16 * (8 + 8) + 8 * HIDDEN)
+        attention = HIDDEN * (24 + 16 + 8) + 24 + 16 + of_heads // cut + 2 * HIDDEN
     mlp, experts = 3 * 64 * 96 // cut, 8 * HIDDEN + 3 * 64 * 2 * 32 // cut + 8 // ranks * 3 * 64 * 32
     with_experts = 3 if stages == 1 else 2 - (rank == 0)
     layers = 4 // stages
@@ -195,7 +207,7 @@ def test_layers_with_and_without_experts_are_counted(rehearsals: Rehearsals, lay
     assert 0 <= outcome.standing[GRADIENTS] - 4 * count <= 2 * room
     config = options("--bf16", layout=layout)
     work = Work.of(example(config.method, 30, 200, 12), 1, 2, True, 1, 1)
-    process = Process(Shape.of(MIXED, 128), config, work, parse_layout(layout).processes)
+    process = Process(Shape.of(model, 128), config, work, parse_layout(layout).processes)
     assert closed_form(process, rank if stages > 1 else 0)[GRADIENTS] == 4 * count
 
 

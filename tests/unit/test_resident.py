@@ -60,7 +60,8 @@ def test_a_step_compares_with_the_table_of_the_reference(trained: Any, name: str
     """Each segment with the log-prob that the complete table has for it, whichever responses the reference scores."""
     from megatron_solopo.training import resident
     from megatron_solopo.training.segment_table import ReferenceLogProbs, SegmentPlaces
-    from megatron_solopo.training.step import make_packs, segment_table
+    from megatron_solopo.training.step import segment_table
+    from megatron_solopo.training.step_work import make_packs
 
     engine, method = trained[0], METHODS[name]
     config = Config(method=method, training=TrainingConfig(micro_batch_size=micro_batch_size))

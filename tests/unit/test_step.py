@@ -123,7 +123,8 @@ def test_a_group_weighs_the_same_however_it_is_packed(
 ) -> None:
     """And a pair 1 / (groups x its group's pairs), with up to ``most`` chosen and as many rejected responses."""
     from megatron_solopo.conversion.hf import named_entries
-    from megatron_solopo.training.step import make_packs, run_step
+    from megatron_solopo.training.step import run_step
+    from megatron_solopo.training.step_work import make_packs
 
     engine, hf = trained
     method = METHODS[name]
@@ -146,7 +147,8 @@ def test_the_reference_table_has_a_place_for_every_segment(double: Any) -> None:
     """In any packs and order of the examples, each number is at the place of its segment, also by name."""
     from megatron_solopo.data.tokenized.packs import build_pack
     from megatron_solopo.training.segment_table import ReferenceLogProbs, SegmentPlaces
-    from megatron_solopo.training.step import segment_table, sent
+    from megatron_solopo.training.step import segment_table
+    from megatron_solopo.training.step_work import sent
 
     dataset = draw(METHODS["both"], 6, most=3)
     places = SegmentPlaces.of_dataset(dataset)
@@ -176,7 +178,8 @@ def test_the_reference_table_has_a_place_for_every_segment(double: Any) -> None:
 def test_any_packing_has_the_same_loss(double: Any, seed: int) -> None:
     """Random groups in random packs, empty ones among them, in any order, shared or separate, padded or not."""
     from megatron_solopo.data.tokenized.packs import build_pack
-    from megatron_solopo.training.step import run_step, sent
+    from megatron_solopo.training.step import run_step
+    from megatron_solopo.training.step_work import sent
 
     chance = random.Random(seed)
     method = METHODS[chance.choice(list(METHODS))]

@@ -54,7 +54,8 @@ def examples() -> tuple[Any, Any]:
 
 def parts(built: Any, config: Config) -> Any:
     from megatron_solopo.training.objective import step_inputs
-    from megatron_solopo.training.step import make_packs, run_parts
+    from megatron_solopo.training.step import run_parts
+    from megatron_solopo.training.step_work import make_packs
 
     dataset, reference = examples()
     packs = make_packs(built, dataset, range(GROUPS), config)
@@ -79,6 +80,7 @@ def test_a_step_reads_the_device_once(engine: Any, folders: dict[str, Path]) -> 
     from megatron_solopo.training import step as steps
     from megatron_solopo.training.memory import PeakMemory
     from megatron_solopo.training.objective import NOT_OF_LOSSES, metric_names
+    from megatron_solopo.training.step_work import training_work
 
     built, optimizer, scheduler, config = trainer(engine, folders["dense"])
     (data, reference), schedule = examples(), make_schedule(GROUPS, GROUPS, 2, None, 0, True)
@@ -94,7 +96,7 @@ def test_a_step_reads_the_device_once(engine: Any, folders: dict[str, Path]) -> 
     kinds = ("all_reduce", "all_gather_into_tensor", "broadcast", "all_gather_object")
     patches = {kind: counted(kind, getattr(torch.distributed, kind)) for kind in kinds}
     with (
-        steps.training_work(built, data, schedule, config, reference) as work,
+        training_work(built, data, schedule, config, reference) as work,
         mock.patch.multiple(torch.distributed, **patches),
     ):
         # torch's Adam counts its steps on the CPU.

@@ -57,6 +57,11 @@ def test_checkpoints_interchange(facts: list[dict[str, Any]]) -> None:
             assert all(checkpoint.values()), (name, checkpoint)
 
 
+def test_other_trainers_start_from_a_megatron_folder(facts: list[dict[str, Any]]) -> None:
+    for name, model in ((name, model) for process in facts for name, model in process["trainers"].items()):
+        assert model == {"same_names": True, "same_values": True}, name
+
+
 def test_attention_covers_what_a_pack_attends_to(facts: list[dict[str, Any]]) -> None:
     """Against the portable attention, output and gradients, float64, by a kernel in plain torch."""
     if "attention" in facts[0]:

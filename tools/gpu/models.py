@@ -75,7 +75,7 @@ def packs_of(
 ) -> list[Any]:
     """Returns packs of `groups_of`, as a training step makes them."""
     from megatron_solopo.data.tokenized.tokens import TokenDataset
-    from megatron_solopo.training.step import make_packs
+    from megatron_solopo.training.step_work import make_packs
 
     token_groups = groups_of(config.method, engine.hf_config.vocab_size, short, long, response, groups)
     return make_packs(engine, TokenDataset(token_groups, [], ""), range(groups), config)

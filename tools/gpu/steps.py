@@ -95,7 +95,7 @@ class Training:
 
     def packs(self) -> list[Any]:
         """The packs of a step."""
-        from megatron_solopo.training.step import make_packs
+        from megatron_solopo.training.step_work import make_packs
 
         return make_packs(self.engine, self.dataset, range(len(self.dataset.groups)), self.config)
 
@@ -106,7 +106,8 @@ class Training:
             groups: instead of those of the run; the reference has no log-probs of them.
         """
         from megatron_solopo.data.tokenized.batches import make_schedule
-        from megatron_solopo.training.step import train_step, training_work
+        from megatron_solopo.training.step import train_step
+        from megatron_solopo.training.step_work import training_work
 
         if groups is not None:
             self.dataset = _dataset(groups)

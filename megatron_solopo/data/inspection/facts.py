@@ -14,8 +14,9 @@ from megatron_solopo.data.inspection.examples import CONTEXTS, LONG, SHORT, Exam
 from megatron_solopo.data.schema import PreferenceGroup, text_of
 from megatron_solopo.data.scoring import sub_em
 from megatron_solopo.data.text.chat import prompt_ids
+from megatron_solopo.data.tokenized.encoder import NO_LONG_CONTEXT, Encoder
 from megatron_solopo.data.tokenized.token_store import BOTH_PAIRS, SHORT_PAIR
-from megatron_solopo.data.tokenized.tokens import NO_LONG_CONTEXT, Encoder, TokenGroup
+from megatron_solopo.data.tokenized.tokens import TokenGroup
 from megatron_solopo.errors import UserError
 from megatron_solopo.pack import Context, Scored
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_solopo.arguments import Parser
+from megatron_solopo.atomic import write_text
 from megatron_solopo.data.building.contexts import ContextPair, read_contexts
 from megatron_solopo.data.files.records import write_records
 from megatron_solopo.data.options import add_normalisation_option, check_outputs, files_of
@@ -56,6 +58,11 @@ class Pairing:
     keep_unfinished: bool = False
     seed: int = 0
     count_tokens: Callable[[str], int] | None = None
+    gold_template: str = "The answer is {answer}."
+
+    def gold(self, answer: str) -> str:
+        """Returns the response that a gold answer makes."""
+        return self.gold_template.replace("{answer}", answer)
 
 
 def build_groups(
@@ -99,7 +106,7 @@ def build_groups(
             if choice == GOLD:
                 counts.gold += 1
                 extra = {"chosen_is_gold": 1.0}
-                right = _scored(pair, [_sentence(pair.answers[0])], how)
+                right = _scored(pair, [how.gold(pair.answers[0])], how)
             else:
                 lowest, highest = min(r.score for r in scored), max(r.score for r in scored)
                 if lowest == highest:
@@ -135,7 +142,7 @@ def build_gold_groups(
     for pair in pairs:
         counts.questions += 1
         rng = random.Random(f"{how.seed}\0{pair.id}")
-        drawn = (_scored(pair, [_sentence(other)], how)[0] for other in _shuffled(others, rng))
+        drawn = (_scored(pair, [how.gold(other)], how)[0] for other in _shuffled(others, rng))
         wrong = next((response for response in drawn if response.score < how.incorrect_threshold), None)
         if wrong is None:
             counts.all_right += 1
@@ -143,12 +150,8 @@ def build_gold_groups(
         counts.paired += 1
         counts.right_responses += 1
         counts.scored_responses += 2
-        [right] = _scored(pair, [_sentence(pair.answers[0])], how)
+        [right] = _scored(pair, [how.gold(pair.answers[0])], how)
         yield _group(pair, 1, [right], [wrong], {"share_right": 0.5, "chosen_is_gold": 1.0}, how, counts)
-
-
-def _sentence(answer: str) -> str:
-    return f"The answer is {answer}."
 
 
 def _shuffled(items: Sequence[str], rng: random.Random) -> Iterator[str]:
@@ -250,6 +253,11 @@ def build_parser() -> Parser:
     group.add_argument(
         "--output", required=True, metavar="FILE", help="preference groups: Parquet if it ends in .parquet, else JSONL"
     )
+    group.add_argument(
+        "--counts-output",
+        metavar="FILE",
+        help="JSON of the counts of questions and responses, for solopo report --counts (default: none)",
+    )
     group = parser.add_argument_group("scoring")
     group.add_argument(
         "--scorer",
@@ -311,6 +319,12 @@ def build_parser() -> Parser:
         "not sample it (off-policy) (default: skip)",
     )
     group.add_argument(
+        "--gold-template",
+        metavar="TEXT",
+        help="how a gold answer is a response; set the form that the prompt asks for, such as '{answer}', or the pairs "
+        f"teach another form (default: '{Pairing.gold_template}')",
+    )
+    group.add_argument(
         "--keep-unfinished", action="store_true", help="use responses that were cut at --max-new-tokens too"
     )
     group.add_argument(
@@ -326,6 +340,13 @@ def build_parser() -> Parser:
 
 
 def _check(options: argparse.Namespace) -> None:
+    template = options.gold_template
+    if template is not None and GOLD not in (options.all_wrong, options.responses):
+        raise UserError(
+            "option-unused", f"--gold-template {template} would have no effect: it needs --all-wrong {GOLD}"
+        )
+    if template is not None and "{answer}" not in template:
+        raise UserError("option-value", f"--gold-template {template}: must contain {{answer}}")
     if options.pairs_per_question < 1:
         raise UserError(
             "option-value", f"--pairs-per-question {options.pairs_per_question}: set a number of at least 1"
@@ -385,6 +406,7 @@ def _pairing(options: argparse.Namespace, score: Score) -> Pairing:
         keep_unfinished=options.keep_unfinished,
         seed=options.seed,
         count_tokens=_count_tokens(options.tokenizer) if options.tokenizer else None,
+        gold_template=options.gold_template or Pairing.gold_template,
     )
 
 
@@ -393,7 +415,7 @@ def main(argv: list[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
     sampled = None if options.responses == GOLD else options.responses
     read = [("--contexts", options.contexts), ("--responses", sampled), *files_of(options)]
-    check_outputs([("--output", options.output)], read)
+    check_outputs([("--output", options.output), ("--counts-output", options.counts_output)], read)
     _check(options)
     scorer = load_scorer(options.scorer, options.normalisation)
     counts, source = Counts(options.scorer), None
@@ -406,6 +428,8 @@ def main(argv: list[str] | None = None) -> int:
             source = InStep(options.responses)
             groups = build_groups(read_contexts(options.contexts), source, how, counts)
         written = write_records(options.output, _checked(groups, counts, source, options))
+    if options.counts_output is not None:
+        write_text(options.counts_output, json.dumps(counts.record(), indent=1) + "\n")
     print("\n".join(counts.lines()))
     print(f"wrote {written} preference groups to {options.output}")
     return 0

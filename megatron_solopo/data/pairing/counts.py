@@ -51,6 +51,12 @@ class Counts:
     def sampled(self) -> int:
         return self.questions - self.not_sampled
 
+    def record(self) -> dict[str, str | int]:
+        """Returns the counts of questions and responses, as --counts-output holds them."""
+        names = ("scorer", "questions", "sampled", "paired", "all_right", "all_wrong", "undecided", "no_response")
+        counts = {name: getattr(self, name) for name in (*names, "groups")}
+        return counts | {"responses": self.scored_responses, "right_responses": self.right_responses}
+
     def lines(self) -> list[str]:
         """Returns the lines that the command prints."""
 

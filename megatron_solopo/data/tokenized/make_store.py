@@ -30,6 +30,7 @@ from megatron_solopo.data.files.records import Part, read_records, scan
 from megatron_solopo.data.options import TokenizerOptions
 from megatron_solopo.data.schema import read_conversations, read_groups
 from megatron_solopo.data.text.text_facts import text_facts
+from megatron_solopo.data.tokenized.encoder import Encoder
 from megatron_solopo.data.tokenized.token_store import (
     BOTH_PAIRS,
     DATA,
@@ -40,7 +41,7 @@ from megatron_solopo.data.tokenized.token_store import (
     read_manifest,
 )
 from megatron_solopo.data.tokenized.token_table import SCHEMAS, TokenTable, record_batch
-from megatron_solopo.data.tokenized.tokens import CONVERSATION, Encoder, Report, TokenGroup, no_example
+from megatron_solopo.data.tokenized.tokens import CONVERSATION, Report, TokenGroup, no_example
 from megatron_solopo.data.workers import Work, map_in_order
 from megatron_solopo.errors import UserError
 from megatron_solopo.pack import Scored, names_of_scored

@@ -25,17 +25,10 @@ from torch import Tensor
 from megatron_solopo import template_kwargs
 from megatron_solopo.data.files.inputs import holds_data
 from megatron_solopo.data.text.text_facts import TEXT_FACTS, text_differences
+from megatron_solopo.data.tokenized.encoder import NO_LONG_CONTEXT
 from megatron_solopo.data.tokenized.stretch import Stretch, stretched_scores
 from megatron_solopo.data.tokenized.token_table import BOUNDARIES, COLUMNS, TokenTable
-from megatron_solopo.data.tokenized.tokens import (
-    CONVERSATION,
-    NO_LONG_CONTEXT,
-    Dropped,
-    Report,
-    TokenDataset,
-    TokenGroup,
-    no_example,
-)
+from megatron_solopo.data.tokenized.tokens import CONVERSATION, Dropped, Report, TokenDataset, TokenGroup, no_example
 from megatron_solopo.errors import UserError
 from megatron_solopo.pack import Context, Scored, Side, names_of_scored
 

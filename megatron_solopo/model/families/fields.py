@@ -120,7 +120,8 @@ def mathematics(hf_config: PretrainedConfig) -> dict[str, Any]:
     """Returns the fields of a config that change what a layer computes but not necessarily a parameter's shape."""
     names = ("model_type", "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings")
     others = ("num_experts_per_tok", "norm_topk_prob", "no_rope_layers", "query_pre_attn_scalar")
-    others += ("routed_scaling_factor", "n_group", "topk_group")
+    others += ("routed_scaling_factor", "n_group", "topk_group", "topk_method")
+    others += ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
     if any(linear_layers(hf_config)):
         others += ("layer_types", *(f"linear_{name}" for name in LINEAR_SIZES))
     rope = {f"rope_parameters.{name}": value for name, value in hf_config.rope_parameters.items() if name != "type"}
@@ -192,8 +193,28 @@ def mlp_width(hf_config: PretrainedConfig) -> int:
 
 
 def head_dim(hf_config: PretrainedConfig) -> int:
-    """Returns the size of an attention head; configs without the field mean hidden_size / heads."""
+    """Returns the size of an attention head, of queries and keys; configs without the field mean hidden_size / heads.
+
+    With latent attention ``head_dim`` is what `rotary_dim` returns.
+    """
+    if has_latents(hf_config):
+        return hf_config.qk_nope_head_dim + hf_config.qk_rope_head_dim
+    return rotary_dim(hf_config)
+
+
+def value_dim(hf_config: PretrainedConfig) -> int:
+    """Returns the size of an attention head of values."""
+    return hf_config.v_head_dim if has_latents(hf_config) else head_dim(hf_config)
+
+
+def rotary_dim(hf_config: PretrainedConfig) -> int:
+    """Returns the channels of a head that RoPE, or its ``partial_rotary_factor``, is of."""
     return getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+
+
+def has_latents(hf_config: PretrainedConfig) -> bool:
+    """Whether keys and values come from a latent of each token (multi-head latent attention)."""
+    return hasattr(hf_config, "kv_lora_rank")
 
 
 def attention_window(hf_config: PretrainedConfig) -> int | None:

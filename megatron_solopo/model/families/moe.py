@@ -11,10 +11,10 @@ from transformers import PretrainedConfig
 
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.families.family import refuse
-from megatron_solopo.model.families.fields import check_sizes
+from megatron_solopo.model.families.fields import check_number, check_sizes
 from megatron_solopo.model.families.llama import HF_LAYER, MEGATRON_LAYER, mlp_entries
 from megatron_solopo.model.families.operators import Entry, FusedGateUp, Rename, StackGateUp, part_of
-from megatron_solopo.parallel.topology import EXPERT_COUNTS, expert_count
+from megatron_solopo.parallel.topology import EXPERT_COUNTS, expert_count, first_dense_layers
 
 FIELDS = frozenset(
     {
@@ -61,11 +61,42 @@ def shared_expert_entries(hf_block: str) -> tuple[Entry, ...]:
     return (*mlp_entries("mlp.shared_experts", f"{hf_block}.shared_expert"), gate)
 
 
-def router_bias_entry(hf_block: str, layers: range) -> Entry:
+def router_bias_entry(hf_config: PretrainedConfig) -> Entry:
     """Returns the entry of the bias with which `router.Router` chooses experts: float32 in every folder, not
     trained."""
-    name = f"{HF_LAYER}{hf_block}.gate.e_score_correction_bias"
+    name, layers = HF_LAYER + "mlp.gate.e_score_correction_bias", hf_config.num_hidden_layers
+    layers = range(first_dense_layers(hf_config), layers)
     return Entry(MEGATRON_LAYER + "mlp.router.expert_bias", (name,), Rename(), layers, torch.float32)
+
+
+def entries_behind_first_layers(hf_config: PretrainedConfig) -> tuple[Entry, ...]:
+    """Returns the entries of the first layers' MLPs, and of router, experts and shared experts in the others."""
+    first = first_dense_layers(hf_config)
+    with_experts = range(first, hf_config.num_hidden_layers)
+    return (
+        *mlp_entries(layers=range(first)),
+        *expert_entries("mlp", gate="gate_proj", up="up_proj", down="down_proj", layers=with_experts),
+        *mlp_entries("mlp.shared_experts", layers=with_experts),
+    )
+
+
+def options_behind_first_layers(hf_config: PretrainedConfig, renormalize: bool) -> dict[str, Any]:
+    """Returns the TransformerConfig fields of such layers; see `expert_options`."""
+    first = first_dense_layers(hf_config)
+    return expert_options(hf_config, hf_config.moe_intermediate_size, renormalize) | {
+        "moe_layer_freq": [int(layer >= first) for layer in range(hf_config.num_hidden_layers)],
+        "moe_router_topk_scaling_factor": hf_config.routed_scaling_factor,
+        "moe_shared_expert_intermediate_size": hf_config.moe_intermediate_size * hf_config.n_shared_experts,
+    }
+
+
+def sigmoid_options(hf_config: PretrainedConfig) -> dict[str, Any]:
+    """Returns the TransformerConfig fields of such layers with a sigmoid router and groups of experts."""
+    return options_behind_first_layers(hf_config, hf_config.norm_topk_prob) | {
+        "moe_router_score_function": "sigmoid",
+        "moe_router_num_groups": hf_config.n_group,
+        "moe_router_group_topk": hf_config.topk_group,
+    }
 
 
 def in_one_tensor(table: Sequence[Entry]) -> tuple[Entry, ...]:
@@ -121,18 +152,22 @@ def check_experts(hf_config: PretrainedConfig, renormalize: bool) -> None:
         refuse(hf_config, num_experts_per_tok=2)
 
 
-def check_groups(hf_config: PretrainedConfig) -> None:
+def check_groups(hf_config: PretrainedConfig, compared: int = 2) -> None:
     """Refuses groups of experts, of which a token's experts come from the best, that do not fit.
 
+    Args:
+        compared: number of experts by which groups are compared.
+
     Raises:
-        UserError: the groups are not alike, have less than the two experts by which they are compared, or the chosen
+        UserError: the groups are not alike, have less than the experts by which they are compared, or the chosen
             ones hold too few experts.
     """
+    check_sizes(hf_config, "n_group", "topk_group")
     experts, groups, chosen = expert_count(hf_config), hf_config.n_group, hf_config.topk_group
-    if experts % groups or experts // groups < 2:
+    if experts % groups or experts // groups < compared:
         raise UserError(
             "model-field-value",
-            f"config.json: n_group = {groups} must divide the {experts} experts into groups of at least 2",
+            f"config.json: n_group = {groups} must divide the {experts} experts into groups of at least {compared}",
         )
     if chosen > groups or hf_config.num_experts_per_tok > chosen * (experts // groups):
         raise UserError(
@@ -142,15 +177,43 @@ def check_groups(hf_config: PretrainedConfig) -> None:
         )
 
 
-def check_first_layers(hf_config: PretrainedConfig) -> None:
-    """Refuses first_k_dense_replace, the first layers without experts, if there is no layer with experts behind.
+def check_behind_first_layers(hf_config: PretrainedConfig) -> None:
+    """Refuses sizes and numbers of such layers that do not fit.
 
     Raises:
-        UserError: it is no number of layers, or of all.
+        UserError: a field has an invalid value, or there is no layer with experts behind the first.
     """
-    first, layers = hf_config.first_k_dense_replace, hf_config.num_hidden_layers
+    check_sizes(hf_config, "moe_intermediate_size", "n_shared_experts")
+    check_number("routed_scaling_factor", hf_config.routed_scaling_factor)
+    check_experts(hf_config, renormalize=False)
+    kinds, layers = getattr(hf_config, "mlp_layer_types", None), hf_config.num_hidden_layers
+    if kinds is not None:
+        first = kinds.count("dense")
+        if kinds != ["dense"] * first + ["sparse"] * (layers - first) or first == layers:
+            raise UserError(
+                "model-field-value",
+                f"config.json: mlp_layer_types = {kinds!r} must be num_hidden_layers = {layers} times dense or sparse, "
+                "dense layers first and a sparse one behind",
+            )
+        refuse(hf_config, first_k_dense_replace=first)
+        return
+    first = hf_config.first_k_dense_replace
     if not isinstance(first, int) or isinstance(first, bool) or not 0 <= first < layers:
         raise UserError(
             "model-field-value",
             f"config.json: first_k_dense_replace = {first!r} must be at least 0 and below num_hidden_layers = {layers}",
         )
+
+
+def carried_layers(hf_config: PretrainedConfig) -> tuple[str, ...]:
+    """Returns how names begin of layers of multi-token prediction, which follow the model's own."""
+    first = hf_config.num_hidden_layers
+    number = getattr(hf_config, "num_nextn_predict_layers", 0) or 0
+    return tuple(f"model.layers.{first + place}." for place in range(number))
+
+
+BEHIND_FIRST_LAYERS = FIELDS | {
+    *("moe_intermediate_size", "norm_topk_prob", "first_k_dense_replace", "n_routed_experts", "n_shared_experts"),
+    *("routed_scaling_factor", "n_group", "topk_group", "num_nextn_predict_layers", "num_mtp_layers"),
+}
+"""Fields that families with first layers without experts read or check beside their own."""

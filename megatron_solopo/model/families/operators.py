@@ -45,9 +45,20 @@ class Operator(ABC):
         """Returns where in the rows of the parameter those of each tensor are."""
         return Parts(1, (1,), (Rename(),))
 
+    def slots(self, parameter: Tensor, rank: int, size: int, dimension: int) -> list[Tensor]:
+        """Returns the views of a full parameter that the shard of a tensor-parallel rank fills, see `pieces`."""
+        return [parameter.chunk(size, dimension)[rank]]
+
+    def pieces(self, shard: Tensor) -> Sequence[Tensor]:
+        """Returns the views of a shard that are the `slots` of its rank."""
+        return [shard]
+
     def cut(self, parameter: Tensor, rank: int, size: int, dimension: int | None) -> Tensor:
         """Returns the shard of a tensor-parallel rank."""
-        return parameter if dimension is None else parameter.chunk(size, dimension)[rank]
+        if dimension is None:
+            return parameter
+        slots = self.slots(parameter, rank, size, dimension)
+        return slots[0] if len(slots) == 1 else torch.cat(slots)
 
     def fill(self, parameter: Tensor, tensors: Sequence[Tensor], rank: int, size: int, dimension: int | None) -> None:
         """Copies a rank's shard of these Hugging Face tensors into its parameter, each number once.
@@ -64,7 +75,19 @@ class Operator(ABC):
 
     def join(self, parts: Sequence[Tensor], dimension: int | None) -> Tensor:
         """Returns the full parameter from the shards of all tensor-parallel ranks; the inverse of `cut`."""
-        return parts[0] if dimension is None else torch.cat(list(parts), dimension)
+        if dimension is None:
+            return parts[0]
+        full = self.empty(parts[0], len(parts), dimension)
+        for rank, part in enumerate(parts):
+            for slot, piece in zip(self.slots(full, rank, len(parts), dimension), self.pieces(part), strict=True):
+                slot.copy_(piece)
+        return full
+
+    def empty(self, shard: Tensor, size: int, dimension: int) -> Tensor:
+        """Returns a full parameter without values, for shards like this one."""
+        shape = list(shard.shape)
+        shape[dimension] *= size
+        return shard.new_empty(shape)
 
 
 def _copy(target: Tensor, source: Tensor) -> None:
@@ -275,18 +298,17 @@ class StackGateUp(Operator):
     def parts(self) -> Parts:
         return Parts(1, (1, 1), (Rename(), Rename()))
 
-    def cut(self, parameter: Tensor, rank: int, size: int, dimension: int | None) -> Tensor:
-        return torch.cat([half.chunk(size)[rank] for half in parameter.chunk(2)])
+    def slots(self, parameter: Tensor, rank: int, size: int, dimension: int) -> list[Tensor]:
+        return [half.chunk(size)[rank] for half in parameter.chunk(2)]
+
+    def pieces(self, shard: Tensor) -> Sequence[Tensor]:
+        return shard.chunk(2)
 
     def fill(self, parameter: Tensor, tensors: Sequence[Tensor], rank: int, size: int, dimension: int | None) -> None:
         for target, tensor in zip(parameter.chunk(2), tensors, strict=True):
             if tensor.shape[0] != target.shape[0] * size:
                 raise ValueError(f"{tensor.shape[0]} for {size} x {target.shape[0]}")
             _copy(target, tensor.chunk(size)[rank])
-
-    def join(self, parts: Sequence[Tensor], dimension: int | None) -> Tensor:
-        halves = zip(*(part.chunk(2) for part in parts), strict=True)
-        return torch.cat([torch.cat(half) for half in halves])
 
 
 @dataclass(frozen=True)

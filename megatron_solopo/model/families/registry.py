@@ -5,6 +5,7 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 from megatron_solopo.errors import UserError
+from megatron_solopo.model.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE_LITE
 from megatron_solopo.model.families.family import Family, refuse
 from megatron_solopo.model.families.fields import check_shape, refuse_unknown, windowed_layers
 from megatron_solopo.model.families.gemma3 import GEMMA3
@@ -26,7 +27,8 @@ from megatron_solopo.model.rope import check_rope
 FAMILIES = {
     family.model_type: family
     for family in (
-        *(GEMMA3, GLM, GLM4, GLM4_MOE, GPT_OSS, LLAMA, MINISTRAL, MINISTRAL3, MISTRAL),
+        *(DEEPSEEK_V2, DEEPSEEK_V3, GEMMA3, GLM, GLM4, GLM4_MOE, GLM4_MOE_LITE, GPT_OSS, LLAMA),
+        *(MINISTRAL, MINISTRAL3, MISTRAL),
         *(MIXTRAL, OLMO2, OLMO3, PHI3, QWEN2, QWEN3, QWEN3_5, QWEN3_5_MOE, QWEN3_MOE, QWEN3_NEXT, SMOLLM3),
     )
 }
@@ -35,6 +37,7 @@ MULTIMODAL = frozenset({"gemma3", "mistral3", "qwen3_5", "qwen3_5_moe"})
 """Models that also read images, whose ``text_config`` is of a family; their language model alone is trained."""
 
 UNSUPPORTED = {
+    **dict.fromkeys(("deepseek_v32", "glm_moe_dsa"), "its attention selects keys (DSA)"),
     "gemma2": "its attention caps scores (attn_logit_softcapping), which torch's attention kernels do not compute",
     **dict.fromkeys(
         ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"),
