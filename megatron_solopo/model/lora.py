@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import (
+    RowParallelLinear,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     get_cuda_rng_tracker,
@@ -245,7 +246,7 @@ def attach_adapters(model: GPTModel, hf_config: PretrainedConfig, options: Model
             for owner, expert in each.owners(layer):
                 matrix: Any = getattr(owner, each.name)
                 rows, inputs = matrix.weight.shape
-                column = len(each.entry.hf) > 1
+                column = not isinstance(matrix, RowParallelLinear)
                 numbers = options.lora_rank, lora_scale(options), options.lora_dropout
                 projections = _rows(each, rows, group.size())
                 adapter = Adapter(settings, group, expert is not None, projections, column, inputs, *numbers)
