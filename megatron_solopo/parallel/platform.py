@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,12 +40,14 @@ class Platform:
         device: the device of this process.
         backend: torch.distributed's backend.
         undo: removes the patches of megatron-core that `start` installed.
+        return_pages: returns free memory to the system, see `return_freed_blocks`; None: there is none to return.
     """
 
     name: str
     device: torch.device
     backend: str
     undo: Callable[[], None]
+    return_pages: Callable[[], object] | None = None
 
     def peak_memory_gib(self) -> float:
         """Returns the peak memory of this process since `reset_peak_memory`, in GiB: device memory on CUDA, resident
@@ -143,8 +146,8 @@ def start(device: str, timeout_minutes: float = 30.0, split_layers: bool = False
 
         platform = Platform(name, torch.device("cuda", local_rank), "nccl", undo)
     else:
-        return_freed_blocks()
-        platform = Platform(name, torch.device("cpu"), "gloo", cpu_shim.install())
+        return_pages = return_freed_blocks()
+        platform = Platform(name, torch.device("cpu"), "gloo", cpu_shim.install(), return_pages)
     if not dist.is_initialized():
         timeout = timedelta(minutes=timeout_minutes)
         store, rank, size = (HashStore(), 0, 1) if "RANK" not in os.environ else _store_of_this_start(timeout)
@@ -181,27 +184,30 @@ def expand_segments() -> None:
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
-MAPPED = 2**20
-"""Bytes from which glibc gives a block on the CPU pages of its own, see `return_freed_blocks`."""
+MAPPED = 2**25
+"""Bytes from which glibc gives a block on the CPU pages of its own: the largest that mallopt takes on 64 bits."""
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Names of glibc's malloc.h."""
 
 
-def return_freed_blocks() -> bool:
-    """Makes glibc return a tensor's memory to the system when it is freed, unless the user configured glibc's malloc;
-    returns whether it does.
+def return_freed_blocks() -> Callable[[], object] | None:
+    """Makes glibc return freed memory of the CPU to the system where that costs little, and returns a function that
+    returns the rest; None where the user configured glibc's malloc, or there is another one.
 
-    By default glibc raises its threshold for blocks with pages of their own to the largest block that was freed, up to
-    32 MiB (mallopt(3), M_MMAP_THRESHOLD): tensors of a forward pass then lie side by side in one heap, where kept
-    activations break the space of freed ones into pieces that no tensor fits into. Blocks below `MAPPED` stay in the
-    heap, whose free end is returned above 64 MiB, the most that glibc's own rule reaches.
+    Blocks from `MAPPED` bytes have pages of their own, which go back when they are freed. Smaller tensors lie side by
+    side in one heap, where kept activations break the space of freed ones into pieces that no tensor fits into: the
+    function (malloc_trim(3)) returns the whole pages of these pieces. Pages of their own for all tensors would hold
+    little less, but the system clears a page whenever it gives one out, and that was a sixth of a step.
     """
     chosen = os.environ.keys() & {"MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_"}
     if chosen or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc
-    return bool(mallopt and mallopt(M_MMAP_THRESHOLD, MAPPED) and mallopt(M_TRIM_THRESHOLD, 2**26))
+        return None
+    libc = ctypes.CDLL(None)
+    mallopt, trim = getattr(libc, "mallopt", None), getattr(libc, "malloc_trim", None)  # of glibc
+    if mallopt is None or trim is None or not (mallopt(M_MMAP_THRESHOLD, MAPPED) and mallopt(M_TRIM_THRESHOLD, 2**26)):
+        return None
+    return partial(trim, 0)
 
 
 CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"

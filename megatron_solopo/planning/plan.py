@@ -27,7 +27,7 @@ from megatron_solopo.planning.machines import Machine, load_machine, names
 from megatron_solopo.planning.memory import GRADIENTS, INPUTS, KINDS, LOG_PROBS, OPTIMIZER, WEIGHTS
 from megatron_solopo.planning.plan_file import write_plan
 from megatron_solopo.planning.rehearse import example
-from megatron_solopo.planning.search import Plan, SearchResult, plan, search
+from megatron_solopo.planning.search import NEAREST, Plan, SearchResult, plan, search
 from megatron_solopo.planning.table import columns, not_rehearsed
 from megatron_solopo.planning.workers import Rehearsals
 from megatron_solopo.training.objective import check_loss
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     request = request_of(arguments, config, machine)
     begin = time.monotonic()
     searched = search(request)
-    print("\n".join(_heading(request, searched)), flush=True)
+    print("\n".join(_heading(request, searched, arguments.top)), flush=True)
     with Rehearsals() as rehearsals:
         result = plan(request, arguments.top, rehearsals, searched)
     if result.best:
@@ -201,7 +201,7 @@ def _model(path: str, config: Config) -> PretrainedConfig:
     return hf_config
 
 
-def _heading(request: Request, searched: SearchResult) -> list[str]:
+def _heading(request: Request, searched: SearchResult, top: int) -> list[str]:
     examples = request.config.training.global_batch_size
     lengths = ", ".join(f"{len(prompt.ids):,}" for prompt in request.group.prompts)
     return [
@@ -210,6 +210,9 @@ def _heading(request: Request, searched: SearchResult) -> list[str]:
         describe_parameters(request.hf_config, request.config.model),
         f"{searched.layouts:,} layouts: training refuses {sum(searched.refused.values()):,}; of the others, with each "
         f"micro-batch, {len(searched.fitting):,} fit by estimate and {len(searched.others):,} do not",
+        f"rehearsed: the {min(top, len(searched.fitting))} fastest by estimate (--top)"
+        if searched.fitting
+        else f"rehearsed: the {min(NEAREST, len(searched.others))} with the least memory by estimate",
     ]
 
 

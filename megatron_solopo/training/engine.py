@@ -19,7 +19,7 @@ from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from megatron_solopo.config import Config, ParallelConfig, TrainingConfig
@@ -225,11 +225,30 @@ def build_engine(
         chunk = chunk_size(rows // parallel.tensor_model_parallel_size, platform.name == "cuda")
     head = LogProbHead(hf_config.vocab_size, chunk, frequencies)
     offload = offload_activations(models) if config.model.activation_offload else None
+    if platform.return_pages is not None:
+        return_pages_after_layers(models, platform.return_pages)
     engine = Engine(platform, hf_config, chunks, head, dtype, offload)
     if ddp.overlap_param_gather:
         for chunk in chunks:  # until `train`: nothing needs a gather, and the reference pass must not communicate
             chunk.disable_forward_pre_hook(param_sync=False)
     return engine
+
+
+LARGE = 2**20
+"""Bytes of a layer's result from which memory that it freed is worth the time to return it, some milliseconds."""
+
+
+def return_pages_after_layers(models: Sequence[GPTModel], return_pages: Callable[[], object]) -> None:
+    """Calls a function after the forward pass of each layer whose result has `LARGE` bytes or more: what the layer
+    keeps is made then, and what else it made is freed."""
+
+    def after(layer: nn.Module, arguments: object, result: tuple[Tensor, object]) -> None:
+        if result[0].nbytes >= LARGE:
+            return_pages()
+
+    for model in models:
+        for layer in model.decoder.layers:
+            layer.register_forward_hook(after)
 
 
 def _release_parameters(models: Sequence[GPTModel]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -141,6 +142,26 @@ def test_a_group_weighs_the_same_however_it_is_packed(
     for entry, names, parameter in named_entries(engine.models[0], engine.hf_config):
         for tensor, ours in zip(names, entry.operator.to_hf(parameter.main_grad), strict=True):
             assert (ours - gradient[tensor]).norm() <= 1e-5 * gradient[tensor].norm(), tensor
+
+
+def test_layers_return_free_pages(engine: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After each layer of each pack whose hidden states are large."""
+    from megatron_solopo.model.hf_config import read_hf_config
+    from megatron_solopo.training import engine as engines
+    from megatron_solopo.training.step import make_packs, run_step
+
+    calls: list[None] = []
+    model = ModelConfig(hf_path=str(write_model(tmp_path)))
+    config = Config(method=METHODS["tokens"], model=model, training=TrainingConfig(micro_batch_size=2))
+    here = replace(engine, return_pages=lambda: calls.append(None))
+    built = engines.build_engine(here, read_hf_config(tmp_path), config)
+    dataset = draw(config.method)
+    reference = reference_of(dataset, config.method)
+    packs = make_packs(built, only(dataset, policy_scores(config.method)), range(GROUPS), config)
+    sizes = [len(pack.pack.tokens) * SHAPE["hidden_size"] * 4 for pack in packs]
+    monkeypatch.setattr(engines, "LARGE", max(sizes))
+    run_step(built, packs, GROUPS, config.method, reference)
+    assert len(calls) == SHAPE["num_hidden_layers"] * sizes.count(max(sizes)) < SHAPE["num_hidden_layers"] * len(sizes)
 
 
 def test_the_reference_table_has_a_place_for_every_segment(double: Any) -> None:
