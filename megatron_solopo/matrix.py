@@ -24,6 +24,7 @@ import dataclasses
 import datetime
 import json
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from string import Template
@@ -132,17 +133,18 @@ def _result_file(matrix: Matrix, variant: str) -> str:
 
 
 def identity(run: Recipe) -> dict[str, object]:
-    """Returns command and options of each stage; paths are relative to the recipe's folder, whatever the machine."""
-    folder = run.path.parent.absolute()
+    """Returns command and options of each stage, without this machine's paths."""
+    return {stage.name: _portable(Work(stage, "", *stage.checked()).options(), run) for stage in run.stages}
 
-    def portable(value: object) -> object:
-        if isinstance(value, list):
-            return [portable(one) for one in value]
-        if isinstance(value, dict):
-            return {name: portable(one) for name, one in value.items()}
-        return os.path.relpath(value, folder) if isinstance(value, str) and os.path.isabs(value) else value
 
-    return {stage.name: portable(Work(stage, "", *stage.checked()).options()) for stage in run.stages}
+def _portable(value: object, run: Recipe) -> object:
+    """Returns the value; absolute paths in it (behind @ or LABEL= too) are relative to the recipe's folder."""
+    if isinstance(value, list):
+        return [_portable(one, run) for one in value]
+    if isinstance(value, dict):
+        return {name: _portable(one, run) for name, one in value.items()}
+    path = re.fullmatch(r"(@|[^=/\s]+=)?(/.*)", value, re.DOTALL) if isinstance(value, str) else None
+    return f"{path[1] or ''}{os.path.relpath(path[2], run.path.parent.absolute())}" if path else value
 
 
 def _kept(file: Path) -> object:
@@ -159,8 +161,10 @@ def _result(run: Recipe, matrix: Matrix, seed: int, variant: str) -> dict[str, A
     """Returns the record of a run, in whose output folder the process is: its evaluation, without this machine's
     paths, and what its training took."""
     text = Path(_result_file(matrix, variant)).read_text(encoding="utf-8").replace(f"{Path.cwd()}{os.sep}", "")
+    evaluation = json.loads(text)
     notes = {stage.name: Note.read(Path(".stages") / f"{stage.name}.json") or Note([], "") for stage in run.stages}
-    return json.loads(text) | {
+    return evaluation | {
+        "settings": _portable(evaluation["settings"], run),
         "variant": variant,
         "seed": seed,
         "training": [
