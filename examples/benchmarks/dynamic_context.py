@@ -26,6 +26,7 @@ from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
@@ -97,8 +98,14 @@ class Times:
             each.append(Work.of(group, 1, 1, share, multiple, multiple))
         if not each:
             return 0.0
-        sums = [sum(getattr(work, name) for work in each) for name in ("tokens", "key_rows", "predicted", "pairs")]
-        return seconds_of_packs(Process(self.shape, config, Work(*sums, 1), context), self.machine)
+        work = Work(
+            tokens=sum(one.tokens for one in each),
+            key_rows=sum(one.key_rows for one in each),
+            predicted=sum(one.predicted for one in each),
+            pairs=sum(one.pairs for one in each),
+            packs=1,
+        )
+        return seconds_of_packs(Process(self.shape, config, work, context), self.machine)
 
     def of_share(self, packs: Sequence[Sequence[TokenGroup]], context: int, local_tokens: int) -> dict[str, float]:
         """Returns the seconds of the packs of one copy of the model, by each way of computing them."""
@@ -123,7 +130,8 @@ def of_mcore(times: Times, groups: Sequence[TokenGroup], ranks: int, most_tokens
     the rank that computes longest, because a barrier ends it."""
     from megatron.core.pipeline_parallel.hybrid_cp_schedule import BalancedCPScheduler
 
-    scheduler = BalancedCPScheduler(most_tokens, SimpleNamespace(size=lambda: ranks))
+    group: Any = SimpleNamespace(size=lambda: ranks)  # of which the scheduler reads no more
+    scheduler = BalancedCPScheduler(most_tokens, group)
     sequences = [
         TokenGroup("", (prompt.__class__(prompt.context, prompt.ids, (completion,)),))
         for group in groups

@@ -17,6 +17,7 @@ import random
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,8 @@ def measure(folder: Path, options: argparse.Namespace, context: int) -> dict[str
         trainer = Trainer(here, config, preflight(config), StopRequests(False, None))
         trainer.score_reference()
         trainer.start()
-        lines: list[dict[str, Any]] = []
-        trainer.log.step = lambda line, warnings=None: lines.append(line)
+        lines: list[Mapping[str, Any]] = []
+        trainer.log.step = lambda values, warnings=None: lines.append(values)
         seconds = []
         with trainer.work:
             for number in range(options.steps + 1):
