@@ -445,7 +445,7 @@ DATA = [
     *within(
         "matrix.py",
         MATRIX,
-        ("a result kept whatever its options", "(before := _kept(file)) == stages and", "(before := _kept(file)) is not None and"),
+        ("a result kept whatever its options", "_kept(file)) == stages and", "_kept(file)) is not None and"),
         (
             "a seed of the recipe kept",
             "for stage in reversed(with_seed(stages, seed)):",
