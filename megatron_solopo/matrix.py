@@ -42,7 +42,7 @@ LABEL = "label"
 
 
 def run_matrix(recipe: Recipe, matrix: Matrix, dry_run: bool = False) -> int:
-    """Runs what has no result yet, seed after seed, and writes the report.
+    """Runs what has no result yet, seed after seed, and writes the report after each run.
 
     Returns:
         The exit status of the first run that did not end well, else 0.
@@ -71,6 +71,7 @@ def run_matrix(recipe: Recipe, matrix: Matrix, dry_run: bool = False) -> int:
                     of_result = predictions_path(_result_file(matrix, variant))
                     write_text(predictions, of_result.read_text(encoding="utf-8"))
             write_text(file, json.dumps(record, indent=1) + "\n")
+            _write_report(recipe, matrix)  # a matrix may take days, or end in an error
     if not dry_run:
         print(f"wrote {_write_report(recipe, matrix)}")
     return 0

@@ -141,6 +141,7 @@ def _gold_log_probs(
     if cache is not None and all(type(layer) is DynamicLayer for layer in cache.layers):
         known = ids.shape[1] - 1
         for layer in cast("list[DynamicLayer]", cache.layers):
+            assert layer.keys is not None and layer.values is not None
             layer.keys, layer.values = layer.keys[..., :known, :], layer.values[..., :known, :]
     kept = max(map(len, golds))
     after = torch.zeros(len(golds), kept - 1, dtype=torch.long)

@@ -147,8 +147,14 @@ def test_a_run_resumes_at_the_stage_that_failed(experiment: Experiment, capfd: p
     last["options"]["data"] = ["$data", "missing.txt"]
     assert experiment.run() == 2
     check_refusal(capfd.readouterr().err, "stage-failed", "[2/2] plain.last")
+    assert not (experiment.results / "report.md").exists()
     last["options"]["data"] = "$data"
-    assert experiment.calls()[0] == "plain/evaluation.json two/middle.txt two/evaluation.json"
+    experiment.recipe["matrix"]["variants"]["two"]["data"] = "missing.txt"
+    assert experiment.run() == 2
+    report = (experiment.results / "report.md").read_text()  # of the run that ended before the error
+    assert "| plain " in report and "| Two " not in report
+    experiment.recipe["matrix"]["variants"]["two"]["data"] = "$variant/middle.txt"
+    assert experiment.calls()[0] == "two/middle.txt two/evaluation.json"
 
 
 WRONG = {
