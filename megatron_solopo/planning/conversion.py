@@ -54,7 +54,7 @@ def describe(target: Path, config: Config, hf_config: PretrainedConfig, dtype_op
     tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     of_stage = math.lcm(tensor, parallel.expert_model_parallel_size * (parallel.expert_tensor_parallel_size or tensor))
     check_cut(hf_config, config, stages * of_stage)
-    dtype: torch.dtype = getattr(torch, dtype_option) if dtype_option else hf_config.dtype or torch.float32
+    dtype = getattr(torch, dtype_option) if dtype_option else hf_config.dtype or torch.float32
     held = [_held(config, hf_config, dtype, stage * of_stage, stages * of_stage) for stage in sorted({0, stages - 1})]
     shapes = stored_shapes(hf_config)
     if hf_config.tie_word_embeddings:

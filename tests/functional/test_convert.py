@@ -229,7 +229,7 @@ WRONG = [
     ),
     (
         "hf-to-megatron --hf-path {hf} --save {new} --dry-run --tensor-model-parallel-size 3",
-        "layout-heads",
+        "layout-not-divisible",
         "--tensor-model-parallel-size 3",
     ),
     ("verify --hf-path {megatron}", "folder-is-megatron", "{megatron}", "Megatron's weights"),

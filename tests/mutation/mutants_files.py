@@ -484,7 +484,7 @@ DATA = [
     *within(
         "matrix.py",
         MATRIX,
-        ("a result kept whatever its options", "_kept(file)) == stages and (", "_kept(file)) is not None and ("),
+        ("a result kept whatever its options", "_kept(file)) == stages and", "_kept(file)) is not None and"),
         (
             "a seed of the recipe kept",
             "for stage in (one.with_seed(seed) for one in reversed(stages)):",

@@ -8,6 +8,7 @@ called with; the kernels themselves are compared in tests/gpu.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import itertools
 import json
@@ -190,7 +191,8 @@ def trainer_starts_from_folder(here: Any, folder: Path, work: Path) -> dict[str,
     from megatron_solopo.training.engine import build_chunks
 
     expected = engine_of(here, folder, "transformer_engine")
-    hf_config, settings = expected.hf_config, expected.models[0].config
+    hf_config, settings = expected.hf_config, copy.copy(expected.models[0].config)
+    settings.use_te_activation_func = False  # megatron-core's default
     models = build_chunks(hf_config, options(), torch.bfloat16)
     vocabulary = models[0].vocab_size
     beside = state_of_trainers(hf_config, models[0].config, vocabulary, torch.bfloat16)
@@ -200,6 +202,8 @@ def trainer_starts_from_folder(here: Any, folder: Path, work: Path) -> dict[str,
     spec = get_gpt_layer_with_transformer_engine_spec(
         settings.num_moe_experts, moe_grouped_gemm=True, qk_layernorm=settings.qk_layernorm
     )
+    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        os.environ.pop(name, None)  # GPTModel sets them by the option, and refuses those of an earlier model
     with cuda_seems_there():
         model = GPTModel(
             settings,
