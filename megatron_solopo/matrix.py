@@ -6,7 +6,7 @@
       seeds: [0, 1, 2]
       results: ../../docs/evidence/many-responses   # VARIANT-seed-N.json, report.md and figures
       result: $variant/evaluation.json     # the evaluation that is a run's result
-      predictions: true                    # keep its predictions too: differences question by question (default: false)
+      predictions: true                    # keep each question's scores too, for paired differences (default: false)
       stages:                              # of each variant, which runs those that the result needs
         train: {train: {hf_path: base-hf, train_data: $data, save: $variant/run, save_hf: $variant/hf, ...}}
         evaluate: {evaluate: {model: $model, output: $variant/evaluation.json, ...}}
@@ -40,6 +40,12 @@ from megatron_solopo.variables import filled, filled_stage
 LABEL = "label"
 """The variable of a variant that is its name in tables; default: the variant's name."""
 
+TEXTS = ("question", "answers", "prediction")
+"""What results leave out of a line of predictions."""
+
+ABSOLUTE = re.compile(r"(@|[^=/\s]+=)?(/.*)", re.DOTALL)
+"""An absolute path, also behind @ or LABEL=."""
+
 
 def run_matrix(recipe: Recipe, matrix: Matrix, dry_run: bool = False) -> int:
     """Runs what has no result yet, seed after seed, and writes the report after each run.
@@ -68,8 +74,7 @@ def run_matrix(recipe: Recipe, matrix: Matrix, dry_run: bool = False) -> int:
             with contextlib.chdir(run.output):
                 record = _result(run, matrix, seed, variant) | {"stages": stages}
                 if matrix.predictions:
-                    of_result = predictions_path(_result_file(matrix, variant))
-                    write_text(predictions, of_result.read_text(encoding="utf-8"))
+                    write_text(predictions, _without_texts(predictions_path(_result_file(matrix, variant))))
             write_text(file, json.dumps(record, indent=1) + "\n")
             _write_report(recipe, matrix)  # a matrix may take days, or end in an error
     if not dry_run:
@@ -134,18 +139,25 @@ def _result_file(matrix: Matrix, variant: str) -> str:
 
 
 def identity(run: Recipe) -> dict[str, object]:
-    """Returns command and options of each stage, without this machine's paths."""
+    """Returns command and options of each stage, the same on every machine; see `_portable`."""
     return {stage.name: _portable(Work(stage, "", *stage.checked()).options(), run) for stage in run.stages}
 
 
-def _portable(value: object, run: Recipe) -> object:
-    """Returns the value; absolute paths in it (behind @ or LABEL= too) are relative to the recipe's folder."""
+def _portable(value: Any, run: Recipe) -> Any:
+    """Returns a value, lists and mappings included, with absolute paths relative to the recipe's folder."""
     if isinstance(value, list):
         return [_portable(one, run) for one in value]
     if isinstance(value, dict):
         return {name: _portable(one, run) for name, one in value.items()}
-    path = re.fullmatch(r"(@|[^=/\s]+=)?(/.*)", value, re.DOTALL) if isinstance(value, str) else None
+    path = ABSOLUTE.match(value) if isinstance(value, str) else None
     return f"{path[1] or ''}{os.path.relpath(path[2], run.path.parent.absolute())}" if path else value
+
+
+def _without_texts(predictions: Path) -> str:
+    """Returns the lines of a predictions file without question, answers and prediction, whose licence may forbid it."""
+    records = map(json.loads, predictions.read_text(encoding="utf-8").splitlines())
+    kept = ({name: value for name, value in record.items() if name not in TEXTS} for record in records)
+    return "".join(json.dumps(record) + "\n" for record in kept)
 
 
 def _kept(file: Path) -> object:

@@ -32,8 +32,9 @@ if path.suffix != ".json":
 else:
     at = lambda score: {"sub_em": score, "count": 4, "mean_prompt_tokens": 9, "interval": {"sub_em": [0, 1]}}
     metrics = {"8 documents": at(read / 10), "16 documents": at(read / 20)}
-    path.write_text(json.dumps({"model": str(path.absolute()), "data": "d", "metrics": metrics, "settings": {}}))
-    lines = [{"id": "q", "length": length, "sub_em": of["sub_em"]} for length, of in metrics.items()]
+    settings = {"pool": [str(path.absolute().parents[3] / "pool.jsonl")]}
+    path.write_text(json.dumps({"model": str(path.absolute()), "data": "d", "metrics": metrics, "settings": settings}))
+    lines = [{"id": "q", "question": "Q?", "length": length, "sub_em": of["sub_em"]} for length, of in metrics.items()]
     path.with_suffix(".predictions.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
 """
 
@@ -51,7 +52,7 @@ class Experiment:
         self.recipe = {
             "output": "out",
             "stages": {
-                "world": script(output="world/a.txt", seed=0),
+                "world": script(output="world/a.txt", seed=0, note="of=./world"),
                 "unused": script(data=["world/a.txt"], output="unused.txt"),
                 "other": script(output="other.txt"),
             },
@@ -99,6 +100,7 @@ def test_each_run_needs_its_stages_alone_and_is_not_repeated(
     assert plain["model"] == "plain/evaluation.json" and str(experiment.folder) not in json.dumps(two)
     assert two["stages"]["world"][2]["seed"] == "1" and two["stages"]["two.last"][2]["note"] == "$5"
     assert "note" not in two["stages"]["two.middle"][2]
+    assert two["stages"]["world"][2]["note"] == "of=world" and two["settings"] == {"pool": ["pool.jsonl"]}
     report = (experiment.results / "report.md").read_text()
     assert re.search(r"\| plain +\| +0\.15 \[0\.10, 0\.20\] \|", report)
     assert re.search(r"\| Two +\| +0\.25 \[0\.20, 0\.30\] \|", report) and "Seeds: 0, 1." in report
@@ -135,6 +137,8 @@ def test_predictions_are_kept_where_differences_are_wanted(experiment: Experimen
     assert sorted(file.name for file in experiment.results.glob("*.jsonl")) == sorted(
         f"{name}-seed-{seed}.predictions.jsonl" for name in ("plain", "two") for seed in (0, 1)
     )
+    kept = (experiment.results / "two-seed-0.predictions.jsonl").read_text()
+    assert json.loads(kept.splitlines()[0]) == {"id": "q", "length": "8 documents", "sub_em": pytest.approx(0.2)}
     report = (experiment.results / "report.md").read_text()
     assert re.search(r"\| Two +\| 8 documents +\| +1 \| +\+0\.100 \|", report)
     (experiment.results / "two-seed-1.predictions.jsonl").unlink()
