@@ -318,7 +318,8 @@ def test_a_killed_run_takes_its_server_along(served: Served) -> None:
     process.wait()
     del served.recipe["rounds"]["stages"]["ask"]["options"]["wait"]
     assert served.run() == 0  # at once: it waits for the end of both
-    assert served.asked() == served.models and not any(child.is_running() for child in children)
+    assert served.asked() == served.models
+    assert psutil.wait_procs(children, timeout=30)[1] == []
 
 
 def test_a_server_that_does_not_start_is_one_line(served: Served, capfd: pytest.CaptureFixture[str]) -> None:

@@ -31,7 +31,7 @@ from megatron_solopo.training.run import main
 
 EVERY_STEP = set(
     "step split epoch loss lr grad_norm groups tokens tokens_per_second padding_share compute_imbalance seconds "
-    "memory_gib clip_grad clipped".split()
+    "memory_gib clip_grad clipped data_seconds data_rank".split()
 )
 PREFERENCE = set(
     "po_loss alignment_loss reward_chosen reward_rejected reward_long_chosen margin accuracy "

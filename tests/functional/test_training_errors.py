@@ -218,7 +218,7 @@ WRONG: dict[str, tuple[Callable[[Home], dict[str, Any]], str, list[str]]] = {
     "unknown architecture": (
         _unknown_architecture,
         "model-type-unsupported",
-        ["'gpt2'", "supported are gemma3_text, ", "mixtral, ", "smollm3"],
+        ["'gpt2'", "supported are deepseek_v2, ", "mixtral, ", "smollm3"],
     ),
     "no chat template": (_no_template, "", ["chat template", "--chat-template"]),
     "token beyond the vocabulary": (_small_vocabulary, "token-beyond-vocabulary", ["example 'g", "token id ", " 40;"]),

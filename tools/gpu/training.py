@@ -12,7 +12,7 @@ from tiny_models import conversations, preference_groups, write_lines, write_mod
 
 from gpu.record import Recorder
 
-TIMES = ("seconds", "tokens_per_second", "memory_gib", "memory_allocated_gib")
+TIMES = ("seconds", "tokens_per_second", "memory_gib", "memory_allocated_gib", "data_seconds", "data_rank")
 
 
 def train_lines(save: Path) -> list[dict[str, Any]]:
