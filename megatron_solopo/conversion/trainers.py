@@ -175,7 +175,11 @@ def find_trainer_checkpoint(folder: Path, ckpt_step: int | None) -> Path:
                 "it has no metadata.json: it is in another format than torch_dist, or its writing was not finished"
             )
         raise UserError("checkpoint-incomplete", f"--load {folder}: the checkpoint {source} cannot be used: {problem}")
-    backend = json.loads((source / "metadata.json").read_text(encoding="utf-8")).get("sharded_backend")
+    try:
+        fields = json.loads((source / "metadata.json").read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError("not-json", f"{source / 'metadata.json'}: not valid JSON; copy the checkpoint again") from None
+    backend = fields.get("sharded_backend") if isinstance(fields, dict) else None
     if backend != "torch_dist":
         raise UserError(
             "checkpoint-format",
