@@ -147,7 +147,10 @@ def _serving(file: OptionFile, line: Entry) -> Serving:
     value: object = []
     if "command" in parts and not file.is_empty(parts["command"].node):
         value = file.value(parts["command"].node)
-    words = value if isinstance(value, list) else shlex.split(str(value))
+    try:
+        words = value if isinstance(value, list) else shlex.split(str(value))
+    except ValueError as error:  # an open quote
+        raise UserError("recipe-value", f"{parts['command'].where}: command: {error}; correct its quotes") from None
     command = [str(_relative_to(file.path.parent.absolute(), str(word))) for word in words]
     reload = {
         path: None if file.is_empty(node) else file.value(node) for path, _, node in _mapping(file, parts.get("reload"))

@@ -167,12 +167,13 @@ def find_trainer_checkpoint(folder: Path, ckpt_step: int | None) -> Path:
     assert iteration is not None  # `is_trainer_folder`
     source = existing_folder(folder, iteration)
     if not (source / "metadata.json").is_file():
-        problem = "the folder is missing"
+        problem = "the folder is missing; set --ckpt-step to a step whose folder exists"
         if any(source.glob("mp_rank_*")):
             problem = "it is in Megatron-LM's format torch; save it with --ckpt-format torch_dist"
         elif (source / ".metadata").is_file():
             problem = (
-                "it has no metadata.json: it is in another format than torch_dist, or its writing was not finished"
+                "it has no metadata.json: save it with --ckpt-format torch_dist, or use an earlier --ckpt-step if its "
+                "writing was not finished"
             )
         raise UserError("checkpoint-incomplete", f"--load {folder}: the checkpoint {source} cannot be used: {problem}")
     try:
@@ -225,7 +226,8 @@ def check_settings(source: Path, hf_path: str, hf_config: PretrainedConfig, conf
     if isinstance(stored, TensorStorageMetadata) and stored.size[0] < hf_config.vocab_size:
         raise UserError(
             "checkpoint-other-model",
-            f"--load {source}: its vocabulary has {stored.size[0]:,} rows, and config.json's {hf_config.vocab_size:,}",
+            f"--load {source}: its vocabulary has {stored.size[0]:,} rows, and config.json's "
+            f"{hf_config.vocab_size:,}; use the --hf-path of its model",
         )
 
 
@@ -244,7 +246,7 @@ def check_all_read(source: Path, weights: StoredWeights) -> None:
         raise UserError(
             "tensor-left-over",
             f"--load {source}: the tensor {min(left_over)!r} is not part of the model of config.json ({len(left_over)} "
-            "such); it would be lost",
+            "such) and would be lost; use the --hf-path of its model",
         )
 
 

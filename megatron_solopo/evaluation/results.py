@@ -223,22 +223,30 @@ def _with_distinct_labels[Item: (Evaluation, Run)](
     return items
 
 
+def labelled_json(option: str, argument: str, what: str) -> tuple[str, Path, Any]:
+    """Reads ``PATH`` or ``LABEL=PATH`` -> (label or "", path, content).
+
+    Raises:
+        UserError: the file is missing or not JSON; ``what`` says which one to set.
+    """
+    label, path = labelled(argument, "")
+    if not path.is_file():
+        raise UserError("file-missing", f"{option} {path}: no such file; set a {what}")
+    try:
+        return label, path, json.loads(read_text(option, path))
+    except json.JSONDecodeError as error:
+        raise UserError(
+            "not-json", f"{option} {path}: not valid JSON ({error.msg} at line {error.lineno}); set a {what}"
+        ) from None
+
+
 def read_evaluation(argument: str) -> Evaluation:
     """Reads an evaluation's JSON file, ``PATH`` or ``LABEL=PATH``; LABEL defaults to the model folder's name.
 
     Raises:
         UserError: the file is missing or is not an evaluation.
     """
-    label, path = labelled(argument, "")
-    if not path.is_file():
-        raise UserError("file-missing", f"{path}: no such file; set a results file written by evaluate")
-    try:
-        record = json.loads(read_text("--evaluations", path))
-    except json.JSONDecodeError as error:
-        raise UserError(
-            "not-json",
-            f"{path}: not valid JSON ({error.msg} at line {error.lineno}); set a results file written by evaluate",
-        ) from None
+    label, path, record = labelled_json("--evaluations", argument, "results file written by evaluate")
     if not isinstance(record, dict):
         raise UserError("field-type", f"{path}: must be a JSON object; set a results file written by evaluate")
     file = validated(_FILE, record, str(path))

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas
 from pydantic import TypeAdapter
 
-from megatron_solopo.data.files.records import read_text
 from megatron_solopo.data.validation import Whole, validated
-from megatron_solopo.errors import UserError
-from megatron_solopo.evaluation.results import labelled
+from megatron_solopo.evaluation.results import labelled_json
 from megatron_solopo.evaluation.tables import markdown_table
 
 
@@ -37,13 +34,7 @@ def read_counts(argument: str) -> tuple[str, _Counts]:
     Raises:
         UserError: the file is missing, or is another one.
     """
-    label, path = labelled(argument, "")
-    if not path.is_file():
-        raise UserError("file-missing", f"--counts {path}: no such file; build-pairs --counts-output writes it")
-    try:
-        record = json.loads(read_text("--counts", path))
-    except json.JSONDecodeError as error:
-        raise UserError("not-json", f"--counts {path}: not valid JSON ({error.msg} at line {error.lineno})") from None
+    label, path, record = labelled_json("--counts", argument, "file written by build-pairs --counts-output")
     return label or path.stem, validated(_COUNTS, record, f"--counts {path}")
 
 

@@ -71,13 +71,13 @@ def build_parser() -> Parser:
         help="print what this conversion and the way back would read, write and hold in memory, by config.json alone",
     )
 
-    again = _command(
+    rewrite = _command(
         commands,
         "megatron-to-megatron",
         "writes a checkpoint of a run, of Megatron-LM or of Megatron-Bridge as a Megatron folder, which they load too",
     )
-    _add_checkpoint(again, required=True)
-    again.add_argument("--save", required=True, metavar="FOLDER", help="the new Megatron folder")
+    _add_checkpoint(rewrite, required=True)
+    rewrite.add_argument("--save", required=True, metavar="FOLDER", help="the new Megatron folder")
 
     to_hf = _command(
         commands,
@@ -101,7 +101,7 @@ def build_parser() -> Parser:
         help=export.metadata["help"].replace("--save-hf holds after LoRA", "is written of a run with LoRA")
         + f" (default: {export.default})",
     )
-    for command in (to_megatron, again, to_hf):
+    for command in (to_megatron, rewrite, to_hf):
         command.add_argument("--dtype", choices=DTYPES, help="type of the written weights (default: unchanged)")
         command.add_argument("--overwrite", action="store_true", help="overwrite an existing folder")
 
@@ -203,7 +203,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace, config: Config) -> str:
-    """Returns what a conversion would read, write and hold; one process stands for those of the layout."""
+    """Returns what a conversion would read, write and hold; one process is rehearsed for all of the layout."""
     from megatron_solopo.planning.conversion import describe  # planning builds on training
     from megatron_solopo.training.preflight import read_model
 

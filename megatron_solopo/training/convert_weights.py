@@ -60,7 +60,7 @@ def convert(options: argparse.Namespace, config: Config) -> int:
     initialize_parallel(config)
     command = {
         "hf-to-megatron": _to_megatron,
-        "megatron-to-megatron": _to_megatron_again,
+        "megatron-to-megatron": _megatron_to_megatron,
         "megatron-to-hf": _to_hf,
         "verify": _verify,
     }[options.command]
@@ -86,7 +86,7 @@ def _to_megatron(options: argparse.Namespace, config: Config, hf_config: Pretrai
     return 0
 
 
-def _to_megatron_again(options: argparse.Namespace, config: Config, hf_config: PretrainedConfig) -> int:
+def _megatron_to_megatron(options: argparse.Namespace, config: Config, hf_config: PretrainedConfig) -> int:
     if config.model.lora_rank is not None:
         raise UserError(
             "adapter-not-merged",

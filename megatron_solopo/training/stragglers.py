@@ -51,15 +51,15 @@ def slowest(places: Sequence[tuple[int, int]], seconds: Sequence[float], loads: 
     for place, taken in zip(places, seconds, strict=True):
         if loads[place[1]] > 0:
             longest[place] = max(taken, longest.get(place, 0.0))
-    found: Slowest | None = None
+    worst: Slowest | None = None
     for (stage, copy), taken in longest.items():
         others = [t / loads[other] for (s, other), t in longest.items() if s == stage and other != copy]
         if not others or not (usual := median(others) * loads[copy]):
             continue
-        if found is None or taken / usual > found.ratio:
+        if worst is None or taken / usual > worst.ratio:
             ranks = tuple(rank for rank, place in enumerate(places) if place == (stage, copy))
-            found = Slowest(ranks, taken / usual, taken - usual)
-    return found
+            worst = Slowest(ranks, taken / usual, taken - usual)
+    return worst
 
 
 class RankTimes:
@@ -131,19 +131,19 @@ class RankTimes:
             own = sum(begun.elapsed_time(ended) for begun, ended in self._passes) / 1e3
         else:
             own = sum(ended - begun for begun, ended in self._passes)
-        found, steps = None, self._steps
+        worst, steps = None, self._steps
         if len(self._loads) > 1:
             of_ranks = torch.empty(len(self._places), dtype=torch.float64, device=self._device)
             dist.all_gather_into_tensor(of_ranks, torch.tensor([own], dtype=torch.float64, device=self._device))
-            found = slowest(self._places, of_ranks.tolist(), self._loads)
+            worst = slowest(self._places, of_ranks.tolist(), self._loads)
         self._passes, self._steps, self._loads = [], 0, [0.0] * len(self._loads)
-        if found is None:
+        if worst is None:
             return {}
         return {
-            "slowest_ranks": in_words(found.ranks),
-            "slowest_hosts": ", ".join(dict.fromkeys(self._hosts[rank] for rank in found.ranks)),
-            "slowest_ratio": round(found.ratio, 4),
-            "slowest_seconds": round(found.seconds / steps, 4),
+            "slowest_ranks": in_words(worst.ranks),
+            "slowest_hosts": ", ".join(dict.fromkeys(self._hosts[rank] for rank in worst.ranks)),
+            "slowest_ratio": round(worst.ratio, 4),
+            "slowest_seconds": round(worst.seconds / steps, 4),
         }
 
 

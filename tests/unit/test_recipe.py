@@ -277,6 +277,12 @@ WRONG |= {
         "r.yaml:3: command: ",
         "$model",
     ),
+    "server's command with an open quote": (
+        "serving:\n  url: http://localhost:1/v1\n  command: serve '$model\n" + ITERATED,
+        "recipe-value",
+        "r.yaml:3: command: ",
+        "quotes",
+    ),
     "server's URL": (
         "serving: {url: localhost, command: serve $model}\n" + ITERATED,
         "recipe-value",
