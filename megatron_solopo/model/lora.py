@@ -252,8 +252,20 @@ def attach_adapters(model: GPTModel, hf_config: PretrainedConfig, options: Model
                 adapter = Adapter(settings, group, expert is not None, projections, column, inputs, *numbers)
                 owner.register_module(each.name + SUFFIX, adapter)
                 matrix.register_forward_hook(_Adding(adapter))
-    if settings.recompute_granularity is not None and model.pre_process:
-        model.embedding.register_forward_hook(_with_gradient)
+    if model.pre_process:
+        model.embedding.register_forward_hook(_foldable)
+        if settings.recompute_granularity is not None:
+            model.embedding.register_forward_hook(_with_gradient)
+
+
+def _foldable(module: nn.Module, inputs: object, embeddings: Tensor) -> Tensor:
+    """Returns embeddings [tokens, 1, h] with the strides of a new tensor.
+
+    megatron-core transposes [1, tokens, h], and the stride of the dimension of size 1 stays that of all tokens. A
+    product of such a tensor with a frozen matrix, the first of layer 0, is not folded into one of two matrices
+    (`should_fold` of torch's matmul): torch multiplies every token with the matrix, on a CPU a copy of it for each.
+    """
+    return embeddings.flatten(0, 1).view(embeddings.shape)
 
 
 def _rows(matrix: Adapted, rows: int, ranks: int) -> dict[str, Rows]:

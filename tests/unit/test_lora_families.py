@@ -12,9 +12,10 @@ import torch
 from refusals import refused
 from safetensors.torch import load_file
 from test_families import small
-from test_model_parity import random_folder, random_group, run_pack, transformers_log_probs
+from test_model_parity import CONFIGS, random_folder, random_group, run_pack, transformers_log_probs
 from test_multimodal import nested_folder
-from test_recompute import options
+from test_recompute import FULL, LORA, built, options
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageTextToText, Phi3Config
 from transformers_in_double import load
 
@@ -126,3 +127,25 @@ def test_projections_without_a_tensor_are_refused() -> None:
     with refused("adapter-unsupported", "--lora-modules: ", "no matrix in_proj_z"):
         check_adapters(ModelConfig(lora_rank=2, lora_modules="o_proj,in_proj_z"), hf_config)
     check_adapters(ModelConfig(lora_rank=2, lora_modules="o_proj,down_proj"), hf_config)
+
+
+class Batched(TorchDispatchMode):
+    """Notes how many pairs of matrices each batched product multiplies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.bmm.default:
+            self.batches.append(len(args[0]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("flags", [(), FULL], ids=["kept", "recomputed"])
+def test_no_token_is_multiplied_by_itself_with_a_frozen_matrix(engine: Any, flags: tuple[Any, ...]) -> None:
+    """A batched product would copy the matrix for every token."""
+    pack = build_pack([random_group(1, ((20, (6,)),))], [0])
+    with Batched() as noted:
+        run_pack(CONFIGS["llama"], built("llama", *LORA, *flags), pack, torch.float64).sum().backward()
+    assert len(pack.tokens) not in noted.batches
