@@ -165,7 +165,14 @@ SUITES: dict[str, tuple[Table, ...]] = {
         Table("trl", "Long-PO against TRL", _SMALL, against_trl(), rounds=2, steps=3),
     ),
     "full": (
-        Table("floor", "Steps against their FLOP floor, d512 / L8, 4K", _LARGE, PLAIN + modes("simpo"), judged=True),
+        Table(
+            "floor",
+            "Steps against their FLOP floor, d512 / L8, 4K",
+            _LARGE,
+            PLAIN + modes("simpo"),
+            rounds=5,
+            judged=True,
+        ),
         Table(
             "outside",
             "Time outside forward and backward, d512 / L8, 4K, 8 pairs a step",
