@@ -1347,8 +1347,8 @@ MUTANTS: list[Mutant] = [
         ),
         (
             "no gradient in the first layers that are recomputed",
-            "settings.recompute_granularity is not None and model.pre_process",
-            "False",
+            "if settings.recompute_granularity is not None:",
+            "if False:",
         ),
     ),
     *within(
@@ -1381,6 +1381,15 @@ MUTANTS: list[Mutant] = [
         ("every step drops the same", "SeedSequence([seed, step, pack,", "SeedSequence([seed, 0, pack,"),
     ),
     *within("model/lora.py", LORA_RUNS, ("the reference has the adapters", "adapter.enabled = False", "pass")),
+    *within(
+        "model/lora.py",
+        "tests/unit/test_lora_families.py -k frozen",
+        (
+            "a frozen matrix multiplied with every token alone",
+            "embeddings.flatten(0, 1).view(embeddings.shape)",
+            "embeddings",
+        ),
+    ),
     *within(
         "conversion/adapters.py",
         "tests/unit/test_lora_families.py",
