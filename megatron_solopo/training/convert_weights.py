@@ -47,7 +47,7 @@ from megatron_solopo.parallel.topology import world_size
 from megatron_solopo.training.engine import build_chunks, initialize_parallel
 from megatron_solopo.training.preflight import check_cut, chosen_template, end_of_turn, load_run_tokenizer, read_model
 from megatron_solopo.training.reference import shared, starting_weights
-from megatron_solopo.training.resume import check_reference, read_progress
+from megatron_solopo.training.run_identity import check_reference, read_progress
 
 
 def convert(options: argparse.Namespace, config: Config) -> int:
