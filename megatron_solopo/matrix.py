@@ -117,7 +117,7 @@ def run_of(recipe: Recipe, matrix: Matrix, seed: int, variant: str) -> Recipe:
     wanted = {_result_file(matrix, variant): {""}}
     """Path -> names of the stages that read it; "" is the matrix."""
     for stage in (one.with_seed(seed) for one in reversed(stages)):
-        readers = {reader for path, names in wanted.items() if holds(stage.outputs, path) for reader in names}
+        readers = {reader for path, names in wanted.items() if holds(stage.named_outputs, path) for reader in names}
         if not readers:
             continue
         if stage.name in unknown:

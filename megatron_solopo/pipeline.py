@@ -131,7 +131,7 @@ class Work:
 
     @property
     def outputs(self) -> list[str]:
-        return self.stage.written()
+        return self.stage.all_outputs()
 
     @property
     def note(self) -> Path:
@@ -166,7 +166,7 @@ def _dependencies(stages: Sequence[Stage]) -> dict[str, tuple[str, ...]]:
     needs: dict[str, tuple[str, ...]] = {}
     for number, stage in enumerate(stages):
         paths = list(stage.paths_read())
-        direct = [one.name for one in stages[:number] if any(holds(one.written(), path) for path in paths)]
+        direct = [one.name for one in stages[:number] if any(holds(one.all_outputs(), path) for path in paths)]
         needs[stage.name] = tuple(dict.fromkeys(name for one in direct for name in (*needs[one], one)))
     return needs
 

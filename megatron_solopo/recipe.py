@@ -99,12 +99,12 @@ class Stage:
     served: str | None = None
 
     @property
-    def outputs(self) -> list[str]:
-        """What it writes, as the recipe names it."""
+    def named_outputs(self) -> list[str]:
+        """What it writes by the recipe's own lines, which may still have variables; files of options are not read."""
         return [value for name, (value, _) in self.options.items() if name in OUTPUTS and isinstance(value, str)]
 
-    def written(self) -> list[str]:
-        """Returns what it writes, those of a file of options included; see `checked`."""
+    def all_outputs(self) -> list[str]:
+        """Returns what it writes, by the recipe's lines and by its file of options; see `checked`."""
         return [value for name, value in self.checked()[1].items() if name in OUTPUTS and isinstance(value, str)]
 
     def paths_read(self) -> Iterator[str]:

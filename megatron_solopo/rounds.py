@@ -71,7 +71,7 @@ class Rounds:
             of_round = [self._of_round(stage, number, variables) for stage in self.stages]
             if seed is not None:
                 of_round = [stage.with_seed(seed + number - 1) for stage in of_round]
-            written = {os.path.normpath(output) for stage in of_round for output in stage.outputs}
+            written = {os.path.normpath(output) for stage in of_round for output in stage.named_outputs}
             if os.path.normpath(model) not in written:
                 raise UserError(
                     "recipe-value",

@@ -203,8 +203,12 @@ def measure(options: argparse.Namespace, label: str, source: Path, target: Path,
     report("copy", before)
     if options.kill:
         convert(options, target, *words, kill_at=written(source) / 2)
-        left = [path.name for path in target.parent.iterdir() if path.name.startswith(target.name)]
-        print(f"killed at half; left behind: {', '.join(left)}; the same command again:", flush=True)
+        left = [path for path in target.parent.iterdir() if path.name.startswith(target.name)]
+        kept = sum(file.stat().st_size for path in left for file in path.glob("*.safetensors")) / 1e9
+        names = ", ".join(path.name for path in left)
+        print(
+            f"killed at half; left behind: {names}, {kept:.2f} GB of it complete; the same command again:", flush=True
+        )
     cost = convert(options, target, *words)
     after = copy(source, source.with_name("copy")) if options.copies > 1 else before
     cost = Cost(cost.seconds - idle.seconds, cost.processor - idle.processor, cost.anonymous, cost.resident)

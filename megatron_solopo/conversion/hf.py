@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 
 from megatron_solopo.config import MAX_SHARD_SIZE
 from megatron_solopo.conversion.carried import carried_names, carried_tensors
-from megatron_solopo.conversion.hf_folder import TensorReader, has_stacked_experts, write_folder
+from megatron_solopo.conversion.hf_folder import FolderWriter, TensorReader, has_stacked_experts
 from megatron_solopo.conversion.quantized import WeightReader
 from megatron_solopo.conversion.sidecar_files import SidecarFiles, config_json
 from megatron_solopo.conversion.stored import StoredWeights
@@ -324,6 +324,7 @@ def save_folder(
     max_shard_size: str = MAX_SHARD_SIZE,
     stored: StoredWeights | None = None,
     change: Callable[[Iterator[tuple[str, Tensor]]], Iterator[tuple[str, Tensor]]] | None = None,
+    made_of: str | None = None,
 ) -> None:
     """Writes the model as a Hugging Face folder, with the config and tokenizer files of ``source``, adapted to the
     training options, and its tensors beside the trained model as they are (`carried`).
@@ -336,9 +337,10 @@ def save_folder(
         dtype: of the files; default the model's.
         stored: see `hf_tensors`.
         change: applied to the tensors on rank 0.
+        made_of: see `Shards`. What only makes tensors of files that are kept is not read.
 
     Raises:
-        UserError: see `write_folder`.
+        UserError: on rank 0, see `FolderWriter`; the others return.
     """
     # Adapters are added by the names of single experts. Rank 0 alone need have the source.
     decided = [dist.get_rank() == 0 and change is None and has_stacked_experts(source)]
@@ -346,33 +348,54 @@ def save_folder(
     (stacked,) = decided
     shapes = hf_shapes(chunks, hf_config, stacked)
     dtypes = kept_dtypes(hf_config)
-    tensors = hf_tensors(chunks, hf_config, stored, partial(named_entries, stacked=stacked))
-    if dist.get_rank() != 0:
+    dtype = dtype or next(chunks[0].parameters()).dtype
+    writer, carried, stored_name = None, iter(()), str
+    plan: list[Collection[str] | None] = [None]
+    try:
+        if dist.get_rank() == 0:
+            document = config_json(source, hf_config, dtype)
+            sidecar_files = SidecarFiles(
+                Path(source),
+                document,
+                chat_template,
+                chat_template_kwargs,
+                added_tokens,
+                end_of_turn,
+                chat_template_date,
+            )
+            of_files = shapes
+            if (beside := beside_of(source, hf_config)) is not None:
+                reader, names = beside
+                forms = {name: reader.form_of(name) for name in names}
+                stored_name, carried = reader.stored, carried_tensors(reader, names)
+                of_files = {stored_name(name): shape for name, shape in shapes.items()}
+                of_files |= {name: shape for name, (shape, _) in forms.items()}
+                dtypes = {stored_name(name): kept for name, kept in dtypes.items()}
+                dtypes |= {name: of_source for name, (_, of_source) in forms.items()}
+            writer = FolderWriter(Path(target), sidecar_files, of_files, dtype, max_shard_size, force, dtypes, made_of)
+            plan = [{name for name in shapes if stored_name(name) in writer.shards.kept}]
+    finally:
+        dist.broadcast_object_list(plan)  # None: rank 0 cannot write
+    if (kept := plan[0]) is None:
+        return
+    tensors = hf_tensors(chunks, hf_config, stored, partial(_entries_to_write, stacked=stacked, kept=kept))
+    if writer is None:
         for _ in tensors:
             pass
         return
-    dtype = dtype or next(chunks[0].parameters()).dtype
-    document = config_json(source, hf_config, dtype)
-    sidecar_files = SidecarFiles(
-        Path(source), document, chat_template, chat_template_kwargs, added_tokens, end_of_turn, chat_template_date
-    )
+    if count := writer.shards.kept_files:
+        print(f"{target}: {count} of {writer.shards.files} files were complete before, and are kept")
     if change is not None:
         tensors = change(tensors)
-    try:
-        beside = beside_of(source, hf_config)
-    except UserError:
-        for _ in tensors:  # other processes send them
-            pass
-        raise
-    if beside is not None:
-        reader, carried = beside
-        forms = {name: reader.form_of(name) for name in carried}
-        shapes = {reader.stored(name): shape for name, shape in shapes.items()}
-        shapes |= {name: shape for name, (shape, _) in forms.items()}
-        dtypes = {reader.stored(name): kept for name, kept in dtypes.items()}
-        dtypes |= {name: of_source for name, (_, of_source) in forms.items()}
-        tensors = chain(((reader.stored(name), x) for name, x in tensors), carried_tensors(reader, carried))
-    tensors = ProgressBar(tensors, desc=f"writing {target}", total=len(shapes), unit="tensor", leave=False)
-    write_folder(
-        Path(target), sidecar_files, shapes, dtype, tensors, max_shard_size=max_shard_size, force=force, dtypes=dtypes
-    )
+    tensors = chain(((stored_name(name), tensor) for name, tensor in tensors), carried)
+    total = len(writer.shards.shapes) - len(writer.shards.kept)
+    writer.write(ProgressBar(tensors, desc=f"writing {target}", total=total, unit="tensor", leave=False))
+
+
+def _entries_to_write(model: GPTModel, hf_config: PretrainedConfig, stacked: bool, kept: Collection[str]) -> Entered:
+    """`named_entries` without those of which all tensors are in files that are kept. Experts of several processes,
+    which send theirs at the same time, are all there."""
+    alone = parallel_state.get_expert_model_parallel_world_size() == 1
+    for entry, names, parameter in named_entries(model, hf_config, stacked):
+        if (entry.of_experts and not alone) or not all(name in kept for name in names):
+            yield entry, names, parameter

@@ -19,7 +19,7 @@ from megatron_solopo.atomic import folder_aside
 from megatron_solopo.config import MAX_SHARD_SIZE
 from megatron_solopo.conversion.carried import Names
 from megatron_solopo.conversion.places import check_target, put_in_place, restore
-from megatron_solopo.conversion.shards import CODES, INDEX, SINGLE, Shards, parse_size
+from megatron_solopo.conversion.shards import CODES, INDEX, SINGLE, UNFINISHED, Shards, parse_size
 from megatron_solopo.conversion.sidecar_files import STACKED, SidecarFiles, dtype_name
 from megatron_solopo.errors import UserError
 from megatron_solopo.json_text import check_json
@@ -324,48 +324,72 @@ def _refuse_pointer(path: Path) -> None:
             )
 
 
-def write_folder(
-    folder: Path,
-    sidecar_files: SidecarFiles,
-    shapes: Mapping[str, torch.Size],
-    dtype: torch.dtype,
-    tensors: Iterable[tuple[str, Tensor]],
-    max_shard_size: str = MAX_SHARD_SIZE,
-    force: bool = False,
-    dtypes: Mapping[str, torch.dtype] | None = None,
-) -> None:
+class FolderWriter:
     """Writes config, tokenizer files and weights, beside the folder first, and renames them at the end.
-
-    Each tensor is written as it arrives, so that one at a time is in memory. ``tensors`` is read to its end even if
-    writing fails, because other processes send them.
 
     Args:
         shapes: of every tensor, in the order of the files.
         dtype: of the files.
         dtypes: of tensors that have another.
         max_shard_size: "5GB", "500MB", ...; decimal units as in the names of the hub.
+        made_of: see `Shards`.
+
+    Attributes:
+        shards: the weight files, of which some may be complete.
 
     Raises:
-        UserError: see `check_target`, or the disk is full.
+        UserError: see `check_target`.
     """
-    try:
-        restore(folder)
+
+    def __init__(
+        self,
+        folder: Path,
+        sidecar_files: SidecarFiles,
+        shapes: Mapping[str, torch.Size],
+        dtype: torch.dtype,
+        max_shard_size: str = MAX_SHARD_SIZE,
+        force: bool = False,
+        dtypes: Mapping[str, torch.dtype] | None = None,
+        made_of: str | None = None,
+    ) -> None:
+        self._folder, self._sidecar_files = folder, sidecar_files
+        try:
+            restore(folder)
+        except OSError as error:
+            raise _not_written(folder, error) from None
         check_target("--save-hf", folder, force, filling=True)
-    except (UserError, OSError) as error:
-        for _ in tensors:
-            pass
-        raise error if isinstance(error, UserError) else _not_written(folder, error) from None
-    aside = folder_aside(folder)
-    shards = Shards(aside, shapes, dtype, parse_size(max_shard_size), dtypes)
-    for name, tensor in tensors:
-        shards.add(name, tensor)
-    try:
-        shards.finish()
-        sidecar_files.write(aside)
-        put_in_place(aside, folder)
-    except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise _not_written(folder, error) from None
+        self.shards = Shards(folder_aside(folder), shapes, dtype, parse_size(max_shard_size), dtypes, made_of)
+
+    def write(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Writes each tensor as it arrives, so that one at a time is in memory. ``tensors`` is read to its end even if
+        writing fails, because other processes send them.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        aside = self.shards.folder
+        for name, tensor in tensors:
+            self.shards.add(name, tensor)
+        try:
+            self.shards.finish()
+            self._sidecar_files.write(aside)
+            (aside / UNFINISHED).unlink(missing_ok=True)
+            put_in_place(aside, self._folder)
+        except OSError as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise _not_written(self._folder, error) from None
+
+
+def write_folder(
+    folder: Path,
+    sidecar_files: SidecarFiles,
+    shapes: Mapping[str, torch.Size],
+    dtype: torch.dtype,
+    tensors: Iterable[tuple[str, Tensor]],
+    **options: Any,
+) -> None:
+    """Writes a folder of tensors that this process has; see `FolderWriter`, also for ``options``."""
+    FolderWriter(folder, sidecar_files, shapes, dtype, **options).write(tensors)
 
 
 def _not_written(folder: Path, error: OSError) -> UserError:

@@ -20,12 +20,16 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from megatron_solopo.atomic import file_aside, rename, write_text
 from megatron_solopo.conversion.pieces import write_in_pieces
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.families.operators import part_of
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+
+UNFINISHED = "unfinished.txt"
+"""File of a folder that is being written: what its weights are made of."""
 
 CODES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 """Names of the supported dtypes in the format."""
@@ -47,14 +51,22 @@ def parse_size(text: str) -> int:
 class Shards:
     """The weight files of a folder.
 
-    `finish` reports a failed write, so that the sender of the tensors can continue to the end.
+    `finish` reports a failed write, so that the sender of the tensors can continue to the end. A file has its name once
+    it is complete and on the disk.
 
     Args:
-        folder: created; an existing one is deleted.
+        folder: created; of an existing one only the files that ``made_of`` allows are kept.
         shapes: of every tensor, in the order of the files; parts of one (`part_of`) are written into it.
         dtype: of the files.
         limit: bytes of a file, which a single larger tensor may exceed.
         dtypes: of tensors that have another than the files.
+        made_of: a text that differs when the tensors may. Complete files that a killed process made of the same, with
+            the tensors, dtypes and shapes of this plan, are kept; None: nothing is kept, now or later.
+
+    Attributes:
+        kept: names of the tensors in such files, which need not be added.
+        kept_files: the number of these files.
+        files: the number of all.
     """
 
     def __init__(
@@ -64,8 +76,9 @@ class Shards:
         dtype: torch.dtype,
         limit: int,
         dtypes: Mapping[str, torch.dtype] | None = None,
+        made_of: str | None = None,
     ) -> None:
-        self.folder, self._parts = folder, shapes
+        self.folder, self.shapes = folder, shapes
         self._shapes = whole_shapes(shapes)
         self._dtypes = dict.fromkeys(self._shapes, dtype) | {**(dtypes or {})}
         self._error: OSError | None = None
@@ -80,10 +93,39 @@ class Shards:
         self._headers = [_header(tensors, self._shapes, self._dtypes) for tensors in self._files]
         self._file_of = {name: number for number, tensors in enumerate(self._files) for name in tensors}
         self._left: list[set[str]] = [set() for _ in self._files]
-        for name in shapes:
+        kept: set[int] = set()
+        self._try(lambda: kept.update(self._prepare(made_of)))
+        self.files, self.kept_files = len(self._files), len(kept)
+        self.kept = {name for name in shapes if self._file_of[part_of(name)[0]] in kept}
+        for name in shapes.keys() - self.kept:
             self._left[self._file_of[part_of(name)[0]]].add(name)
-        shutil.rmtree(folder, ignore_errors=True)
-        self._try(lambda: folder.mkdir(parents=True))
+
+    def _prepare(self, made_of: str | None) -> set[int]:
+        """Creates the folder, or deletes all but files that are kept from it; returns their numbers."""
+        record, kept = self.folder / UNFINISHED, set[int]()
+        if made_of is not None and record.is_file() and record.read_text(encoding="utf-8") == made_of:
+            kept = {number for number in range(len(self._files)) if self._is_complete(number)}
+        if not kept:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+        names = {UNFINISHED, *(self._names[number] for number in kept)}
+        for path in list(self.folder.iterdir()):
+            if path.name not in names:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if made_of is not None and not kept:
+            write_text(record, made_of)
+        return kept
+
+    def _is_complete(self, number: int) -> bool:
+        path, header = self.folder / self._names[number], self._headers[number]
+        if not path.is_file() or path.stat().st_size != len(header) + self._size(number):
+            return False
+        with path.open("rb") as file:
+            return file.read(len(header)) == header
+
+    def _size(self, number: int) -> int:
+        """Returns the bytes of a file's tensors."""
+        return sum(self._shapes[name].numel() * self._dtypes[name].itemsize for name in self._files[number])
 
     def _cut(self, limit: int) -> list[dict[str, int]]:
         """Returns the tensors of each file, with their offsets after the header."""
@@ -107,18 +149,21 @@ class Shards:
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Writes a tensor or part of one, of any dtype, and closes its file after the last missing one."""
-        if tensor.shape != self._parts[name]:
-            raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, not {tuple(self._parts[name])}")
+        if tensor.shape != self.shapes[name]:
+            raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, not {tuple(self.shapes[name])}")
+        if name in self.kept:
+            return
         whole, _ = part_of(name)
         number = self._file_of[whole]
         self._left[number].remove(name)
         self._try(lambda: self._write(number, name, tensor.to(self._dtypes[whole]).contiguous()))
         if not self._left[number] and number in self._open:
-            self._closing.append(self._closer.submit(_to_the_disk, self._open.pop(number)))
+            path = self.folder / self._names[number]
+            self._closing.append(self._closer.submit(_to_the_disk, self._open.pop(number), path))
 
     def _write(self, number: int, name: str, tensor: Tensor) -> None:
         if number not in self._open:
-            self._open[number] = (self.folder / self._names[number]).open("wb", buffering=0)
+            self._open[number] = file_aside(self.folder / self._names[number]).open("wb", buffering=0)
             write_in_pieces(self._open[number], self._headers[number])
         file, (whole, place) = self._open[number], part_of(name)
         start = (place or 0) * tensor.numel() * tensor.itemsize
@@ -142,7 +187,7 @@ class Shards:
         if missing is not None:
             raise ValueError(f"{missing} was not written")
         if len(self._files) > 1:
-            total = sum(shape.numel() * self._dtypes[name].itemsize for name, shape in self._shapes.items())
+            total = sum(map(self._size, range(len(self._files))))
             files = {name: self._names[number] for name, number in sorted(self._file_of.items())}
             document = {"metadata": {"total_size": total}, "weight_map": files}
             (self.folder / INDEX).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
@@ -172,6 +217,7 @@ def _header(tensors: Mapping[str, int], shapes: Mapping[str, torch.Size], dtypes
     return struct.pack("<Q", len(text)) + text
 
 
-def _to_the_disk(file: BinaryIO) -> None:
+def _to_the_disk(file: BinaryIO, path: Path) -> None:
     with file:
         os.fsync(file.fileno())
+    rename(file_aside(path), path)

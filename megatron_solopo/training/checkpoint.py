@@ -33,7 +33,7 @@ from megatron_solopo.parallel.platform import first_error, run_on_rank0
 from megatron_solopo.progress import reporting
 from megatron_solopo.training import retention
 from megatron_solopo.training.engine import Engine
-from megatron_solopo.training.resume import Progress
+from megatron_solopo.training.run_identity import Progress
 
 
 def _state(
@@ -69,7 +69,7 @@ class Checkpoints:
 
     Args:
         latest: iteration of the run folder's checkpoint that the run resumes from, or 0.
-        progress: the run's identity, see `resume.progress_of`.
+        progress: the run's identity, see `run_identity.progress_of`.
     """
 
     def __init__(

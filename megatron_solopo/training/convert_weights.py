@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron.core.models.gpt.gpt_model import GPTModel
 from transformers import PretrainedConfig
 
+from megatron_solopo import __version__
 from megatron_solopo.config import Config
 from megatron_solopo.conversion.adapters import merging, save_adapters
 from megatron_solopo.conversion.carried import carried_names
@@ -46,7 +47,7 @@ from megatron_solopo.parallel.topology import world_size
 from megatron_solopo.training.engine import build_chunks, initialize_parallel
 from megatron_solopo.training.preflight import check_cut, chosen_template, end_of_turn, load_run_tokenizer, read_model
 from megatron_solopo.training.reference import shared, starting_weights
-from megatron_solopo.training.resume import check_reference, read_progress
+from megatron_solopo.training.run_identity import check_reference, read_progress
 
 
 def convert(options: argparse.Namespace, config: Config) -> int:
@@ -229,6 +230,7 @@ def _to_hf(options: argparse.Namespace, config: Config, hf_config: PretrainedCon
                 max_shard_size=options.max_shard_size,
                 stored=stored,
                 change=merging(models, hf_config, config.model),
+                made_of=None if adapters else _made_of(source, Path(config.model.hf_path)),
             )
     except UserError as error:
         problem = error
@@ -237,6 +239,15 @@ def _to_hf(options: argparse.Namespace, config: Config, hf_config: PretrainedCon
     if dist.get_rank() == 0:
         print(f"wrote {options.save_hf} from {source}")
     return 0
+
+
+def _made_of(*folders: Path) -> str:
+    """Returns a text that differs when a file of these folders, or this package, does; no file is read."""
+    if dist.get_rank() != 0:  # which alone need have them
+        return ""
+    paths = (path for folder in folders for path in sorted(folder.resolve().iterdir()) if path.is_file())
+    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    return json.dumps({"megatron_solopo": __version__, "files": files}, indent=1)
 
 
 def _verify(options: argparse.Namespace, config: Config, hf_config: PretrainedConfig) -> int:

@@ -30,7 +30,7 @@ from megatron_solopo.training.best import FILE as BEST
 from megatron_solopo.training.parameters import describe_parameters, parameter_count
 from megatron_solopo.training.preflight import Preflight, RunData, preflight
 from megatron_solopo.training.reference import cache_folder, has_cache
-from megatron_solopo.training.resume import new_schedule
+from megatron_solopo.training.run_identity import new_schedule
 
 
 def describe(config: Config, memory: Callable[[Preflight, str], list[str]] | None = None) -> str:

@@ -325,7 +325,7 @@ def build_optimizer(
         end_wd=training.weight_decay,
         wd_incr_steps=steps,
         wd_incr_style="constant",
-        # A checkpoint has the same values, unless they may differ (`resume.check_same_run`).
+        # A checkpoint has the same values, unless they may differ (`run_identity.check_same_run`).
         use_checkpoint_opt_param_scheduler=not training.override_opt_param_scheduler,
         override_opt_param_scheduler=training.override_opt_param_scheduler,
     )

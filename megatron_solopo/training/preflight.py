@@ -45,7 +45,7 @@ from megatron_solopo.model.tiles import check_tiles
 from megatron_solopo.model.transformer_engine import check_machine, check_widths
 from megatron_solopo.parallel.platform import agreed, check_same, choose, first_of_node, resolve
 from megatron_solopo.parallel.topology import check_layout, world_size
-from megatron_solopo.training import resume
+from megatron_solopo.training import resume, run_identity
 from megatron_solopo.training.answers import ANSWER_METRICS, HeldOut, read_held_out
 from megatron_solopo.training.best import check_metric
 from megatron_solopo.training.objective import check_loss, metric_names
@@ -101,9 +101,9 @@ class Preflight:
     """
 
     inputs: RunInputs
-    progress: resume.Progress
+    progress: run_identity.Progress
     source: Path | None
-    before: resume.Progress = field(default_factory=dict)
+    before: run_identity.Progress = field(default_factory=dict)
     nothing_left: bool = False
     weights: str | None = None
     budget: str | None = None
@@ -127,11 +127,11 @@ def preflight(config: Config, dry_run: bool = False) -> Preflight:
     resume.check_shared_folder(Path(config.output.save))
     agreed(lambda: resume.check_folders(config), "folders")
     inputs = check_run_inputs(config, refuse_machine=not dry_run)
-    progress = resume.progress_of(inputs.schedule, inputs.data.train, config, inputs.hf_config)
+    progress = run_identity.progress_of(inputs.schedule, inputs.data.train, config, inputs.hf_config)
     source, before = agreed(lambda: _start(config), "checkpoint")
     check_same((source, before), "another checkpoint there than on rank 0 to resume; let all nodes see one folder")
     if source is not None:
-        resume.check_same_run(before, progress, config)
+        run_identity.check_same_run(before, progress, config)
     budget = _choose_budget(config, inputs, resumed=source is not None)
     if resume.nothing_left(config, before.get("iteration", 0), inputs.schedule.steps):
         return Preflight(inputs, progress, source, before, nothing_left=True)
@@ -141,9 +141,9 @@ def preflight(config: Config, dry_run: bool = False) -> Preflight:
     identified = needs_reference(config.method) or config.model.lora_rank is not None
     if identified and (before or not dry_run):  # reads all weights
         weights = shared(lambda: starting_weights(config))
-        progress[resume.REFERENCE_WEIGHTS] = weights
+        progress[run_identity.REFERENCE_WEIGHTS] = weights
         if before:
-            resume.check_reference(before, weights, config)
+            run_identity.check_reference(before, weights, config)
     return Preflight(inputs, progress, source, before, weights=weights, budget=budget)
 
 
@@ -170,10 +170,10 @@ def _choose_budget(config: Config, inputs: RunInputs, resumed: bool) -> str | No
     return why
 
 
-def _start(config: Config) -> tuple[Path | None, resume.Progress]:
+def _start(config: Config) -> tuple[Path | None, run_identity.Progress]:
     """Returns the checkpoint that is resumed, and its `progress`."""
     source = resume.find_start(config)
-    return source, {} if source is None else resume.read_progress(source)
+    return source, {} if source is None else run_identity.read_progress(source)
 
 
 def check_profile(output: OutputConfig, steps: int) -> None:

@@ -21,7 +21,7 @@ from megatron_solopo.losses.solopo import needs_reference
 from megatron_solopo.model.lora import without_adapters
 from megatron_solopo.parallel.platform import Platform, first_error, run_on_rank0
 from megatron_solopo.terminal import write_line
-from megatron_solopo.training import answers, export, profiling, resume, step
+from megatron_solopo.training import answers, export, profiling, resume, run_identity, step
 from megatron_solopo.training import engine as engines
 from megatron_solopo.training.answers import HeldOut
 from megatron_solopo.training.best import FILE, Best
@@ -225,7 +225,7 @@ class Trainer:
         # Not before: a checkpoint that cannot be loaded must not remove the metrics after it.
         self._start_run_folder()
         self.log.message(f"resuming after step {plan.resumed} of {self.schedule.steps} from {source}")
-        if changed := resume.new_schedule(plan.before, plan.progress, self.config):
+        if changed := run_identity.new_schedule(plan.before, plan.progress, self.config):
             self.log.message(changed)
         if dist.get_rank() == 0:
             resume.go_back(self.config)

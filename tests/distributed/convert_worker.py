@@ -4,6 +4,7 @@ test_conversion.py."""
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from megatron_solopo.parallel.layouts import parse_layout
 
 SEED = 11
 """Of the random weights."""
+
+RESUMED = ("qwen2-tied", "qwen3_moe")
+"""Models of which each layout also completes a Hugging Face folder that was left unfinished."""
 
 
 def differences(one: Path, other: Path) -> list[str]:
@@ -41,6 +45,17 @@ class OneByOne:
         self.most = max(self.most, sum(one.untyped_storage().size() > 0 for one in self._filled))
 
 
+def half_of(folder: Path, unfinished: Path) -> dict[str, int]:
+    """Leaves what a killed process that wrote a folder would, every second file; file -> its number on the disk."""
+    from megatron_solopo.conversion.shards import UNFINISHED
+
+    unfinished.mkdir()
+    (unfinished / UNFINISHED).write_text("the same")
+    files = sorted(folder.glob("*.safetensors"))[::2]
+    assert files
+    return {Path(shutil.copy2(path, unfinished)).name: (unfinished / path.name).stat().st_ino for path in files}
+
+
 def convert(config: Config, source: Path, work: Path, before: Path | None) -> dict[str, list[str]]:
     """What comes back from a layout otherwise than it was: from the Hugging Face folder, from the Megatron folder of
     the layout before, and of the weights that the layout before drew."""
@@ -54,8 +69,8 @@ def convert(config: Config, source: Path, work: Path, before: Path | None) -> di
 
     hf_config, differing = read_hf_config(source), {}
 
-    def compare(name: str, models: Any, expected: Path | None) -> None:
-        save_folder(models, hf_config, source, work / name, max_shard_size="40KB")
+    def compare(name: str, models: Any, expected: Path | None, made_of: str | None = None) -> None:
+        save_folder(models, hf_config, source, work / name, max_shard_size="40KB", made_of=made_of)
         if expected is not None:
             differing[name] = differences(expected, work / name) if dist.get_rank() == 0 else []
 
@@ -64,6 +79,10 @@ def convert(config: Config, source: Path, work: Path, before: Path | None) -> di
     compare("drawn", models, before / "drawn" if before else None)
     load_start(models, hf_config, source)
     compare("hugging face", models, source)
+    if source.name in RESUMED:
+        kept = half_of(work / "hugging face", work / "resumed.partial") if dist.get_rank() == 0 else {}
+        compare("resumed", models, source, made_of="the same")
+        assert all((work / "resumed" / file).stat().st_ino == number for file, number in kept.items()), "not kept"
     if before:
         models = build_chunks(hf_config, config, torch.float32)
         load_start(models, hf_config, before / "megatron")

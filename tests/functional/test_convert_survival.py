@@ -71,9 +71,9 @@ def same(one: dict[str, torch.Tensor] | None, other: dict[str, torch.Tensor] | N
 @pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])
 @pytest.mark.parametrize("existing", [False, True], ids=["new", "overwriting"])
 def test_a_conversion_killed_again_and_again(home: Home, direction: str, existing: bool, tmp_path: Path) -> None:
-    """At changes of files from the first to the last one, each time with what the kill before left: the folder is what
-    it was, and the same command ends well. Only between two renames at the end an earlier model is under another
-    name."""
+    """At changes of files from the first to the last one, with what the kill before left where less is left to do than
+    that: the folder is what it was, and the same command ends well. Only between two renames at the end an earlier
+    model is under another name."""
     kind = direction.rpartition("-")[2]
     earlier, wanted = (contents(home.folder / name) for name in (f"earlier-{kind}", kind))
     target, printed = tmp_path / "work" / "target", tmp_path / "printed"
@@ -90,7 +90,9 @@ def test_a_conversion_killed_again_and_again(home: Home, direction: str, existin
     last = int(re.search(r"changes: (\d+)", printed.read_text())[1])
     restore()
     seen = []
-    for moment in sorted({1, last // 3, 2 * last // 3, last - 2, last - 1, last}):
+    for moment in (1, last // 3, last // 3, last - 2, last - 1, last):
+        if moment >= last - 2:
+            shutil.rmtree(target.with_name("target.partial"), ignore_errors=True)
         assert convert(argv, printed, moment=moment) == -signal.SIGKILL, printed.read_text()
         present = contents(target)
         seen.append("wanted" if same(present, wanted) else "earlier" if same(present, earlier) else "none")
@@ -106,6 +108,40 @@ def test_a_conversion_killed_again_and_again(home: Home, direction: str, existin
     assert seen[:3] == ["earlier" if existing else "none"] * 3 and (not existing or "none" in seen), seen
     succeed(argv)
     assert same(contents(target), wanted) and [path.name for path in target.parent.iterdir()] == ["target"]
+
+
+def test_files_that_are_complete_are_kept_for_the_same_checkpoint_alone(home: Home, tmp_path: Path) -> None:
+    """Killed half way: the same command writes the rest, another checkpoint under the same name all."""
+    source, target, printed = tmp_path / "megatron", tmp_path / "work" / "target", tmp_path / "printed"
+    target.parent.mkdir()
+    aside = target.with_name("target.partial")
+    shutil.copytree(home.folder / "megatron", source)
+    argv = ["megatron-to-hf", "--load", str(source), "--save-hf", str(target), "--max-shard-size", "20kB"]
+
+    def complete() -> dict[str, int]:
+        return {path.name: path.stat().st_ino for path in aside.glob("*.safetensors")}
+
+    assert convert(argv, printed, moment=0) == 0, printed.read_text()
+    half = int(re.search(r"changes: (\d+)", printed.read_text())[1]) // 2
+    shutil.rmtree(target)
+    assert convert(argv, printed, moment=half) == -signal.SIGKILL, printed.read_text()
+    kept = complete()
+    (aside / max(kept)).write_bytes(b"cut")  # not by this command
+    kept.pop(max(kept))
+    assert kept and convert(argv, printed) == 0, printed.read_text()
+    count = len([*target.glob("*.safetensors")])
+    assert f"{target}: {len(kept)} of {count} files were complete before, and are kept\n" in printed.read_text()
+    assert same(contents(target), contents(home.folder / "hf")) and not (target / "unfinished.txt").exists()
+    assert {name: (target / name).stat().st_ino for name in kept} == kept
+    shutil.rmtree(target)
+
+    assert convert(argv, printed, moment=half) == -signal.SIGKILL and complete(), printed.read_text()
+    shutil.rmtree(source)
+    upcast = tmp_path / "float32"
+    succeed(["megatron-to-hf", "--load", home.folder / "earlier-megatron", "--dtype", "float32", "--save-hf", upcast])
+    succeed(["hf-to-megatron", "--hf-path", upcast, "--save", source])
+    assert convert(argv, printed) == 0 and " are kept" not in printed.read_text()
+    assert same(contents(target), contents(upcast)) and not same(contents(target), contents(home.folder / "hf"))
 
 
 @pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])

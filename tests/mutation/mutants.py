@@ -115,7 +115,7 @@ MUTANTS: list[Mutant] = [
         ("every epoch at the positions of the first", "of_examples = epochs or", "of_examples ="),
     ),
     *within(
-        "training/resume.py",
+        "training/run_identity.py",
         STRETCHED_RUNS,
         (
             "resumed with another draw of positions",
@@ -1038,7 +1038,7 @@ MUTANTS: list[Mutant] = [
         ("one reference for all scalings", "if config.model.rope_scaling is not None:", "if False:"),
     ),
     *within(
-        "training/resume.py",
+        "training/run_identity.py",
         LONGER,
         ("resumed with another scaling", '"rope_scaling", "add_special_tokens"', '"add_special_tokens"'),
     ),

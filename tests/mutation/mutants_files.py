@@ -142,7 +142,7 @@ CONVERSION = [
         ("unused rows in the mean", "used = matrix[: self.used]", "used = matrix"),
     ),
     *within(
-        "training/resume.py",
+        "training/run_identity.py",
         NEW_TOKENS,
         ("resumed with other tokens", '"rope_scaling", "add_special_tokens"', '"rope_scaling"'),
     ),
