@@ -91,9 +91,7 @@ def backward_of_layer(process: Process) -> dict[str, float]:
 
     In the MLP: the gradient of the product, those of gate and up, and silu of gate, while the product is gone; and two
     of the residual stream; for experts see `_in_experts`. In a tile of the MLP these, gate, up and the product, rows of
-    the residual stream, and its input and gradients. In attention with context parallelism: keys and values of all
-    ranks as often as chunks of queries see them (once in their piece, twice for each response), their gradients, and
-    one of these in float32, summed to the rows of the pack (parallel/sequences.py).
+    the residual stream, and its input and gradients. In attention with context parallelism, `_in_attention`.
     """
     shape, e, t, s = process.shape, process.e, process.t, process.s
     in_mlp, in_attention = e * (3 * t * shape.ffn / process.tensor + 2 * s * shape.hidden), 0.0
@@ -103,11 +101,24 @@ def backward_of_layer(process: Process) -> dict[str, float]:
         rows = t / process.tiles
         in_mlp = e * (rows * (7 * shape.ffn / process.tensor + 2 * shape.hidden) + 3 * s * shape.hidden)
     if process.context > 1:
-        work = process.work
-        seen = work.tokens + 2 * (work.key_rows - work.tokens)
-        keys = (seen * (4 * e + 4) + 4 * work.tokens) * shape.keys / process.tensor
-        in_attention = keys - mlp_kept(process)
+        in_attention = _in_attention(process) - mlp_kept(process)
     return {WORKING: max(in_mlp, in_attention), COMMUNICATION: _gathered(process)}
+
+
+def _in_attention(process: Process) -> float:
+    """Returns the bytes beyond what the layer keeps while attention with context parallelism is computed backward
+    (parallel/sequences.py): gradients of the output and of queries, and, where they are more,
+
+    - keys and values of all ranks, as often as chunks of queries see them (once in their piece, twice for each
+      response), and their gradients; or
+    - when keys and values are gone: both gradients, that of keys summed for this rank's tokens, and that of values in
+      float32, beside its sum for the rows of the pack.
+    """
+    shape, e, work = process.shape, process.e, process.work
+    seen = work.tokens + 2 * (work.key_rows - work.tokens)
+    in_float32 = 4 if e == 2 else 0  # those of float32 are not copied
+    rows = max(4 * e * seen, (2 * e + in_float32) * seen + 4 * work.tokens + e * process.t)
+    return (rows * shape.keys + 2 * e * process.t * shape.queries) / process.tensor
 
 
 def _in_experts(process: Process) -> float:

@@ -23,21 +23,25 @@ from tiny_models import (
     write_model,
 )
 from transformers import (
+    DeepseekV2Config,
     DeepseekV3Config,
     Gemma3TextConfig,
     Glm4Config,
     Glm4MoeConfig,
     GptOssConfig,
     LlamaConfig,
+    Ministral3Config,
     MistralConfig,
     MixtralConfig,
     Olmo3Config,
     Phi3Config,
     Qwen2Config,
+    Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
     Qwen3NextConfig,
+    SmolLM3Config,
 )
 
 
@@ -66,15 +70,24 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     olmo3 = Olmo3Config(**SHAPE, **by_layer, pad_token_id=None)
     write_model(folder / "olmo3", olmo3, seed=11)
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+    smollm3 = SmolLM3Config(**SHAPE, no_rope_layers=[1, 0], pad_token_id=None)
+    write_model(folder / "smollm3", smollm3, seed=16)
+    scaled = yarn | {"llama_4_scaling_beta": 0.3, "mscale": 1.0, "mscale_all_dim": 1.0}
+    scaled["original_max_position_embeddings"] = 16  # queries grow within these prompts
+    ministral3 = Ministral3Config(**SHAPE, rope_parameters=scaled, head_dim=16, pad_token_id=None)
+    write_model(folder / "ministral3", ministral3, seed=17)
     rope = dict(rope_parameters=yarn | {"truncate": False})
     gpt_oss = GptOssConfig(**SHAPE, **EXPERTS, **by_layer, **rope, head_dim=16, pad_token_id=None)
     write_model(folder / "gpt_oss", gpt_oss, seed=12)
     write_model(folder / "qwen3_5", Qwen3_5TextConfig(**SHAPE, **RECURRENT), seed=13)
     shared = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=40)
     write_model(folder / "qwen3_next", Qwen3NextConfig(**SHAPE, **RECURRENT, **shared), seed=14)
+    write_model(folder / "qwen3_5_moe", Qwen3_5MoeTextConfig(**SHAPE, **RECURRENT, **shared), seed=18)
     latent = SHAPE | LATENT | dict(n_group=2, topk_group=1, first_k_dense_replace=1)
     rope = dict(rope_parameters=yarn | {"mscale": 0.7, "mscale_all_dim": 0.8})
     write_model(folder / "deepseek_v3", DeepseekV3Config(**latent, **rope), seed=15)
+    lite = latent | dict(q_lora_rank=None, topk_method="group_limited_greedy")
+    write_model(folder / "deepseek_v2", DeepseekV2Config(**lite, **rope), seed=19)
     write_model(folder / "reference", LlamaConfig(**SHAPE, tie_word_embeddings=False), seed=3)
     deep = SHAPE | {"num_hidden_layers": 4}
     write_model(folder / "llama-4", LlamaConfig(**deep, tie_word_embeddings=False), seed=4)

@@ -1,7 +1,8 @@
 """Expert parallelism together with what else a family has, and the other cuts.
 
-gpt-oss has experts with biases, windows and sinks; Qwen3-Next layers with a recurrent state and a gated shared expert;
-DeepSeek-V3 latent attention, a first layer without experts, and groups of experts.
+gpt-oss has experts with biases, windows and sinks; Qwen3-Next and Qwen3.5 layers with a recurrent state and a gated
+shared expert; DeepSeek-V3 latent attention, a first layer without experts, and groups of experts; V2 no latent of
+queries, and a router of softmax.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ PLANS = [
     ("float64", "dpo", "gpt_oss", "separate", "seven"),
     ("float64", "orpo", "gpt_oss", "recompute-keep", "seven"),
     ("float64", "dpo", "qwen3_next", "by-two", "seven"),
+    ("float64", "dpo", "qwen3_5_moe", "by-two", "seven"),
+    ("float64", "dpo", "deepseek_v2", "by-two", "seven"),
     ("float64", "dpo", "deepseek_v3", "by-two", "seven"),
     ("float64", "orpo", "deepseek_v3", "recompute-keep", "seven"),
 ]

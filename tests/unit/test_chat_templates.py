@@ -135,13 +135,45 @@ def test_what_was_sampled_is_trained_on_to_the_id(template: str, values: str | N
         assert [list(one.ids) for one in only.completions] == [[*sampled[0], end], [*ids, end]]
 
 
-# The templates of the models' folders, which TRL has as files; and tokens of their tokenizers.
+# Templates of models' folders, without their tools.
+TURN = "{% for m in messages %}"
+OF_FOLDERS = {
+    "glm4_0414": TURN
+    + "<|{{ m.role }}|>\n{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}",
+    "deepseek_v2": TURN
+    + "{% if m.role == 'user' %}User: {{ m.content }}\n\n{% elif m.role == 'system' %}{{ m.content }}"
+    "\n\n{% else %}Assistant: {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}",
+    "mistral_small_3": "{{ bos_token }}" + TURN + "{% if m.role == 'system' %}[SYSTEM_PROMPT]{{ m.content }}"
+    "[/SYSTEM_PROMPT]{% elif m.role == 'user' %}[INST]{{ m.content }}[/INST]{% else %}{{ m.content }}{{ eos_token }}"
+    "{% endif %}{% endfor %}",
+    "smollm3": TURN + "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and enable_thinking is false %}<think>\n\n"
+    "</think>\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is false %}<think>\n\n</think>\n{% endif %}{% endif %}",
+    "olmo2": "{{ bos_token }}"
+    + TURN
+    + "<|{{ m.role }}|>\n{{ m.content }}{{ eos_token if m.role == 'assistant' else '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
+    "phi4": TURN + "<|im_start|>{{ m.role }}<|im_sep|>{{ m.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant<|im_sep|>{% endif %}",
+}
+# Those that TRL has as files; and tokens of the tokenizers.
 TEMPLATES = Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"
 TOKENS = {
     "gptoss": ("<|startoftext|>", "<|return|>", "<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>"),
     "qwen3_5_think": ("<|endoftext|>", "<|im_end|>", "<|im_start|>"),
     "qwen3_5_nothink": ("<|endoftext|>", "<|im_end|>", "<|im_start|>"),
     "gemma3": ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"),
+    "qwen3_6": ("<|endoftext|>", "<|im_end|>", "<|im_start|>"),
+    "qwen3_instruct_2507": ("<|endoftext|>", "<|im_end|>", "<|im_start|>"),
+    "deepseekv3": ("<|begin|>", "<|end|>", "<｜User｜>", "<｜Assistant｜>"),
+    "deepseek_v2": ("<|begin|>", "<|end|>"),
+    "phi3": ("<s>", "<|endoftext|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"),
+    "phi4": ("<|endoftext|>", "<|im_end|>", "<|im_start|>", "<|im_sep|>"),
+    "mistral_small_3": ("<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"),
+    "smollm3": ("<|begin_of_text|>", "<|im_end|>", "<|im_start|>"),
+    "olmo2": ("<|endoftext|>", "<|endoftext|>"),
+    "glm4_0414": ("[gMASK]", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>"),
     "glm4moe": ("[gMASK]", "<|endoftext|>", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
 }
 WITHOUT_THOUGHT = '{"enable_thinking": false}'
@@ -191,6 +223,17 @@ OF_FAMILIES = [
     ),
     ("glm4moe", None, None, BOTH, "<|system|>\nBe brief.<|user|>\nhi<|assistant|>", f"{BOTH}<|endoftext|>"),
     ("glm4moe", WITHOUT_THOUGHT, None, "room 0", "hi/nothink<|assistant|>\n<think></think>", "\nroom 0<|endoftext|>"),
+    ("qwen3_6", None, None, THOUGHT, "hi<|im_end|>\n<|im_start|>assistant\n<think>\n", f"{THOUGHT}<|im_end|>"),
+    ("qwen3_instruct_2507", None, None, "room 0", "hi<|im_end|>\n<|im_start|>assistant\n", "room 0<|im_end|>"),
+    ("deepseekv3", None, None, THOUGHT, "Be brief.<｜User｜>hi<｜Assistant｜><think>\n", f"{THOUGHT}<|end|>"),
+    ("deepseek_v2", None, None, "room 0", "Be brief.\n\nUser: hi\n\nAssistant:", " room 0<|end|>"),
+    ("phi3", None, None, "room 0", "<|user|>\nhi<|end|>\n<|assistant|>\n", "room 0<|end|>"),
+    ("phi4", None, None, "room 0", "hi<|im_end|><|im_start|>assistant<|im_sep|>", "room 0<|im_end|>"),
+    ("mistral_small_3", None, None, "room 0", "Be brief.[/SYSTEM_PROMPT][INST]hi[/INST]", "room 0</s>"),
+    ("smollm3", None, None, BOTH, "hi<|im_end|>\n<|im_start|>assistant\n", f"{BOTH}<|im_end|>"),
+    ("smollm3", WITHOUT_THOUGHT, None, "room 0", "assistant\n<think>\n\n</think>\n", "room 0<|im_end|>"),
+    ("olmo2", None, None, "room 0", "<|user|>\nhi\n<|assistant|>\n", "room 0<|endoftext|>"),
+    ("glm4_0414", None, None, "room 0", "<|user|>\nhi<|assistant|>", "\nroom 0<|endoftext|>"),
     ("glm4moe", WITHOUT_THOUGHT, "<|user|>", "room 0", "hi/nothink<|assistant|>\n<think></think>", "\nroom 0<|user|>"),
 ]
 
@@ -201,7 +244,7 @@ def test_the_templates_of_families(
 ) -> None:
     """The prompt ends where generation starts, and the loss covers the answer, its channel and the end of its turn."""
     begin, eos, *others = TOKENS[name]
-    tokenizer = byte_tokenizer((TEMPLATES / f"{name}.jinja").read_text(), eos)
+    tokenizer = byte_tokenizer(OF_FOLDERS.get(name) or (TEMPLATES / f"{name}.jinja").read_text(), eos)
     tokenizer.add_special_tokens({"bos_token": begin, "additional_special_tokens": others})
     tokenizer.add_tokens(["<think>", "</think>"])
     tokenizer.save_pretrained(tmp_path)

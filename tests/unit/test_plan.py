@@ -82,6 +82,7 @@ ESTIMATED = [
     (MOE, "dp8 ep8", ()),
     (MOE, "tp2 sp dp4 ep4", (FULL,)),
     (LATENTS, "dp8 ep8", ()),
+    (LATENTS, "cp4 dp2 ep8", ()),  # what attention gathers is wider than experts
     (MOE, "tp2 sp cp2 dp2 ep4 etp1", (FULL,)),
     (DENSE, "tp2 sp cp2 dp2", ("--reference=resident",)),
     (DENSE, "tp4", (FULL, TILES, *ROUNDED)),
