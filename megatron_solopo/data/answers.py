@@ -1,8 +1,9 @@
 """Normalisation of texts for comparison, and the places of gold answers in them.
 
-Normalisation is SQuAD's (Rajpurkar et al., EMNLP 2016): lower case, no ASCII punctuation, no English articles, single
-spaces. Before it, spellings of the same text are folded: Unicode's NFKC (composed and decomposed accents, full-width
-digits, ligatures), curly and other quotes to straight ones, dashes to hyphens, characters without width to nothing.
+Normalisation is SQuAD's (arXiv 1606.05250, ``normalize_answer`` of its script): lower case, no ASCII punctuation, no
+English articles, single spaces. Before it, spellings of the same text are folded: Unicode's NFKC (composed and
+decomposed accents, full-width digits, ligatures), curly and other quotes to straight ones, dashes to hyphens,
+characters without width to nothing.
 ``fold=False`` is SQuAD's form as published.
 """
 

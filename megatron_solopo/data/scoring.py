@@ -1,5 +1,7 @@
 """How a response is compared with the gold answers: sub-EM, EM and F1 on normalised text (`answers.normalise`).
 
+EM and F1 are SQuAD's (evaluate-v2.0.py, arXiv 1806.03822), MuSiQue's (metrics/answer.py, arXiv 2108.00573) and
+HotpotQA's (hotpot_evaluate_v1.py, arXiv 1809.09600) with ``--normalisation squad``, but for what each docstring names.
 ``module:function`` names a function of the user instead.
 """
 
@@ -49,7 +51,7 @@ def sub_em(prediction: str, answers: Iterable[str], fold: bool = True) -> float:
 
 @_scorer("plain sub-EM")
 def sub_em_plain(prediction: str, answers: Iterable[str], fold: bool = False) -> float:
-    """1.0 when any normalised answer is a substring of the normalised prediction, else 0.0: the paper's sub-EM.
+    """1.0 when any normalised answer is a substring of the normalised prediction, else 0.0: sub-EM of arXiv 2505.11166.
 
     It finds "no" in "not". An answer of articles and punctuation alone is never found.
     """
@@ -59,7 +61,10 @@ def sub_em_plain(prediction: str, answers: Iterable[str], fold: bool = False) ->
 
 @_scorer("EM")
 def em(prediction: str, answers: Iterable[str], fold: bool = True) -> float:
-    """1.0 when the normalised prediction equals any normalised answer, else 0.0."""
+    """1.0 when the normalised prediction equals any normalised answer, else 0.0.
+
+    Answers of articles or punctuation alone are compared as they are; the three scripts compare empty texts there.
+    """
     return float(any(normalise(prediction, fold, gold.keep) == gold.text for gold in golds(answers, fold)))
 
 
@@ -70,7 +75,8 @@ _JUDGEMENTS = frozenset({"yes", "no", "noanswer"})
 def f1(prediction: str, answers: Iterable[str], fold: bool = True) -> float:
     """Returns the best F1 of words between the prediction and any answer, in [0, 1].
 
-    SQuAD's, and HotpotQA's for yes, no and noanswer: 0 unless prediction and answer are equal (hotpot_evaluate_v1.py).
+    HotpotQA's rule for yes, no and noanswer: 0 unless prediction and answer are equal. SQuAD and MuSiQue count the
+    shared words there too.
     """
     best = 0.0
     for gold in golds(answers, fold):

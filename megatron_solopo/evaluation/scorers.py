@@ -30,7 +30,7 @@ _UNPRINTABLE = re.compile(r"[\x00-\x1f]")
 def _ruler_matches(prediction: str, answers: Sequence[str]) -> list[bool]:
     """Whether each answer is in the prediction, in any case; control characters are line breaks there.
 
-    RULER (arXiv 2404.06654), scripts/eval: ``postprocess_pred`` of evaluate.py, then constants.py.
+    RULER (arXiv 2404.06654), scripts/eval: ``postprocess_pred`` of evaluate.py, then synthetic/constants.py.
     """
     text = _UNPRINTABLE.sub("\n", prediction.strip()).strip().lower()
     return [answer.lower() in text for answer in answers]
@@ -70,7 +70,8 @@ _STATED = re.compile(r"The correct answer is \(([A-D])\)|The correct answer is (
 
 @_benchmark("choice accuracy", binary=True)
 def choice(prediction: str, answers: Sequence[str]) -> float:
-    """1.0 when the prediction is the letter of the right choice, else 0.0."""
+    """1.0 when the prediction is the letter of the right choice, else 0.0: accuracy of MMLU (arXiv 2009.03300),
+    evaluate.py."""
     return float(prediction in answers)
 
 

@@ -1,7 +1,8 @@
 """Multiple-choice questions in MMLU's format, answered by log-prob: a guard of what a model knows without a context.
 
-The prompt is MMLU's (arXiv 2009.03300), without examples and without a chat template, and the answer is the letter
-with the highest log-prob after it: what lm-evaluation-harness computes for its task ``mmlu`` with no examples.
+The prompt is MMLU's (arXiv 2009.03300, ``gen_prompt`` and ``format_example`` of evaluate.py), without examples and
+without a chat template, and the answer is the letter with the highest log-prob after it: what lm-evaluation-harness
+computes for its task ``mmlu`` with no examples. As there, one space precedes the subject; evaluate.py writes two.
 """
 
 from __future__ import annotations
