@@ -44,7 +44,7 @@ class Diverged(UserError):
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """``"; did you mean --seq-length?"``, or "" where no name is near."""
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""
 
 

@@ -37,6 +37,11 @@ def loads(text: str) -> Any:
     return DECODER.decode(text)
 
 
+def fault(error: json.JSONDecodeError) -> str:
+    """Returns Python's description of the fault, of which some end in "at", before "at column 3"."""
+    return error.msg.removesuffix(" at")
+
+
 def check_json(*paths: Path) -> None:
     """Refuses files in which a key occurs twice with different values, or has the value NaN. Missing files and invalid
     JSON are left to the file's reader.

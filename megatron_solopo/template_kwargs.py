@@ -51,7 +51,7 @@ def parse(text: str) -> Values:
     except json.JSONDecodeError as error:
         raise UserError(
             "not-json",
-            f"{FLAG} {text}: not valid JSON ({error.msg} at column {error.colno}); "
+            f"{FLAG} {text}: not valid JSON ({json_text.fault(error)} at column {error.colno}); "
             """set an object such as '{"enable_thinking": false}'""",
         ) from None
     if not isinstance(values, dict):

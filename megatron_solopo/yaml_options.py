@@ -178,7 +178,8 @@ def read_options(
         options: Options = {}
         for section, where, values in file.entries(file.root, f"{path}: must hold the sections {', '.join(sections)}"):
             if section not in sections:
-                hint = nearest(section, sections)
+                owner = next((other for other, names in sections.items() if section in names), None)
+                hint = f"; it is an option of section '{owner}'" if owner else nearest(section, sections)
                 raise UserError(
                     "option-unknown", f"{where}: unknown section '{section}'{hint}; sections are {', '.join(sections)}"
                 )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
+from megatron_solopo import json_text
 from megatron_solopo.data.files.records import Record, read_jsonl, read_text
 from megatron_solopo.data.validation import Number, Whole, missing, validated
 from megatron_solopo.errors import UserError
@@ -236,7 +237,8 @@ def labelled_json(option: str, argument: str, what: str) -> tuple[str, Path, Any
         return label, path, json.loads(read_text(option, path))
     except json.JSONDecodeError as error:
         raise UserError(
-            "not-json", f"{option} {path}: not valid JSON ({error.msg} at line {error.lineno}); set a {what}"
+            "not-json",
+            f"{option} {path}: not valid JSON ({json_text.fault(error)} at line {error.lineno}); set a {what}",
         ) from None
 
 

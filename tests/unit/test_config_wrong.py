@@ -419,6 +419,7 @@ WRONG_FILES = {
         "model?",
         "sections are model, data",
     ),
+    "option without section": (b"lr: 1\n", "option-unknown", "1", "'lr'", "an option of section 'training'"),
     "unknown option": (b"training:\n  learning_rate: 1\n  \n", "option-unknown", "2", "'training.learning_rate'"),
     "option typo": (b"data:\n  seq_lenght: 64\n", "option-unknown", "2", "'data.seq_lenght'", "seq_length?"),
     "dashes": (b"data:\n  seq-length: 64\n", "option-unknown", "2", "'data.seq-length'", "seq_length?"),

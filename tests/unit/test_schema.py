@@ -20,8 +20,8 @@ def without(record, key):
 
 WRONG_LINES = {
     "not JSON": ("{'id': 1}", "not-json", "column 2"),
-    "half a line": ('{"id": "g", "short_mess', "not-json"),
-    "list": ([1], "field-type", "list"),
+    "half a line": ('{"id": "g", "short_mess', "not-json", "(Invalid control character at column 24)"),
+    "list": ([1], "field-type", "one JSON object a line, found list"),
     "not UTF-8": (b'{"id": "\xff"}', "not-utf8", "byte 9"),
     "half of a surrogate pair": ('{"id": "g", "chosen": "smile \\ud83d"}', "surrogate-half", "smile '"),
 }

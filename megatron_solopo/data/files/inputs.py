@@ -275,7 +275,7 @@ def _objects(path: Path, file: TextIO) -> Iterator[tuple[str, Record]]:
                 continue
             raise UserError(
                 "not-json",
-                f"{path}:{broken}: not valid JSON ({error.msg} at column {error.colno}); "
+                f"{path}:{broken}: not valid JSON ({json_text.fault(error)} at column {error.colno}); "
                 "the file must be one array of objects",
             ) from None
         except (ValueError, RecursionError) as error:

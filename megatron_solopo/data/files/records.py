@@ -129,7 +129,8 @@ def parse_line(line: bytes, where: str) -> Record:
     except json.JSONDecodeError as error:
         raise UserError(
             "not-json",
-            f"{where}: not valid JSON ({error.msg} at column {error.colno}); each line must be one JSON object",
+            f"{where}: not valid JSON ({json_text.fault(error)} at column {error.colno}); "
+            "each line must be one JSON object",
         ) from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
         code = "json-key-twice" if isinstance(error, json_text.KeyTwice) else "not-json"
@@ -137,7 +138,10 @@ def parse_line(line: bytes, where: str) -> Record:
     if HALF.search(text):
         check_encodes(record, where)
     if not isinstance(record, dict):
-        raise UserError("field-type", f"{where}: expected a JSON object, found {type(record).__name__}")
+        raise UserError(
+            "field-type",
+            f"{where}: expected one JSON object a line, found {type(record).__name__}; repair the line",
+        )
     return record
 
 

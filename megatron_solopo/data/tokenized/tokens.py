@@ -282,6 +282,6 @@ class TokenDataset:
 
 def no_example(path: str | Path, dropped: int, seq_length: int | None) -> str:
     """Returns the message for a file without a usable example."""
-    return f"{path}: no usable example" + (
-        f"; all {dropped} are longer than --seq-length {seq_length}" if dropped else ""
-    )
+    if dropped:
+        return f"{path}: no usable example; all {dropped} are longer than --seq-length {seq_length}"
+    return f"{path}: holds no example; set a file of build-pairs or another with preference groups or conversations"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
+from megatron_solopo import json_text
 from megatron_solopo.data.building.sources import LeftOut, read_questions
 from megatron_solopo.data.files.records import read_text
 from megatron_solopo.data.schema import Paragraph, Question
@@ -63,7 +64,10 @@ def read_squad(path: str) -> list[Question]:
     try:
         record = json.loads(read_text("--tasks", Path(path)))
     except json.JSONDecodeError as error:
-        raise UserError("not-json", f"--tasks: {path}: not valid JSON ({error.msg} at line {error.lineno})") from None
+        raise UserError(
+            "not-json",
+            f"--tasks: {path}: not valid JSON ({json_text.fault(error)}, line {error.lineno}); set {SQUAD}",
+        ) from None
     if not isinstance(record, dict) or "data" not in record:
         raise UserError("field-missing", f"--tasks: {path}: the field 'data' is missing; set {SQUAD}")
     questions = []

@@ -9,6 +9,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator, TypeAdapter
 
+from megatron_solopo import json_text
 from megatron_solopo.data.files.records import Record
 from megatron_solopo.data.schema import Paragraph, Question
 from megatron_solopo.data.validation import Flag, Text, empty, validated, wrong
@@ -67,7 +68,7 @@ def decoded(value: object) -> object:
     try:
         return json.loads(value)
     except json.JSONDecodeError as error:
-        raise wrong(f"is a text and no JSON list ({error.msg})") from None
+        raise wrong(f"is a text and no JSON list ({json_text.fault(error)} at column {error.colno})") from None
 
 
 def not_empty[T](value: list[T]) -> list[T]:
