@@ -135,7 +135,7 @@ def test_what_was_sampled_is_trained_on_to_the_id(template: str, values: str | N
         assert [list(one.ids) for one in only.completions] == [[*sampled[0], end], [*ids, end]]
 
 
-# Templates of models' folders, without their tools.
+# The form of models' templates without tools, written again: no copy of their files.
 TURN = "{% for m in messages %}"
 OF_FOLDERS = {
     "glm4_0414": TURN
