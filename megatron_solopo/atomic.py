@@ -14,8 +14,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from megatron_solopo.errors import UserError
+
 Keep = Callable[[Path, Path], None]
 """Moves the parts of an earlier folder (first argument) that are kept into the new one (second)."""
+
+
+def check_place(option: str, path: str | Path) -> None:
+    """Refuses a path that cannot be created because it is below a file.
+
+    Args:
+        option: the flag that names the path.
+
+    Raises:
+        UserError: names the file.
+    """
+    above = next(parent for parent in Path(path).resolve().parents if parent.exists())
+    if not above.is_dir():
+        raise UserError("not-a-folder", f"{option} {path}: {above} is a file, not a folder; choose another place")
 
 
 def file_aside(path: Path) -> Path:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_solopo.atomic import folder_aside, put_folder, replaced, restore_folder
+from megatron_solopo.atomic import check_place, folder_aside, put_folder, replaced, restore_folder
 from megatron_solopo.conversion.manifest import RELEASE, is_marked
 from megatron_solopo.errors import UserError
 from megatron_solopo.lora_options import CONFIG
@@ -64,6 +64,7 @@ def check_target(option: str, folder: Path, force: bool, filling: bool = False) 
     Raises:
         UserError: what the folder is, and what to do.
     """
+    check_place(option, folder)
     real = folder.resolve()
     if not real.exists():
         return

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_solopo import template_kwargs
+from megatron_solopo.atomic import check_place
 from megatron_solopo.data.files.records import is_parquet, read_text
 from megatron_solopo.data.memory import release_freed_memory
 from megatron_solopo.data.scoring import NORMALISATIONS
@@ -90,9 +91,7 @@ def check_outputs(
                     "file-overlap",
                     f"{flag} {output}: is a file of {other} {name} too, which is read; choose another name",
                 )
-        above = next(parent for parent in path.resolve().parents if parent.exists())
-        if not above.is_dir():
-            raise UserError("not-a-folder", f"{flag} {output}: {above} is a file, not a folder; choose another place")
+        check_place(flag, path)
         taken.append((flag, path))
 
 

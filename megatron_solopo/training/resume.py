@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_solopo.atomic import write_text
+from megatron_solopo.atomic import check_place, write_text
 from megatron_solopo.config import Config, flag
 from megatron_solopo.conversion.manifest import (
     find_checkpoint,
@@ -101,8 +101,11 @@ def check_folders(config: Config) -> None:
     """
     output = config.output
     save, load = Path(output.save), output.load
-    if save.exists() and not save.is_dir():
-        raise UserError("not-a-folder", f"--save {save}: is not a folder; choose another name")
+    for name in ("save", "tensorboard_dir"):
+        if (folder := config.value(name)) is not None:
+            check_place(flag(name), folder)
+            if Path(folder).exists() and not Path(folder).is_dir():
+                raise UserError("not-a-folder", f"{flag(name)} {folder}: is not a folder; choose another name")
     has_checkpoint = latest_iteration(save) is not None
     if load is None and has_checkpoint and not output.auto_resume:
         raise UserError(

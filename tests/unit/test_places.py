@@ -12,9 +12,11 @@ import torch
 from refusals import refused
 
 from megatron_solopo.atomic import folder_aside
+from megatron_solopo.config import Config, flag
 from megatron_solopo.conversion.hf_folder import write_folder
 from megatron_solopo.conversion.places import check_apart, check_target, put_in_place, restore
 from megatron_solopo.conversion.sidecar_files import SidecarFiles
+from megatron_solopo.training.resume import check_folders
 
 TENSORS = {"weight": torch.arange(6.0)}
 
@@ -210,3 +212,15 @@ def test_the_current_folder_is_not_replaced(tmp_path: Path, target: str, monkeyp
     monkeypatch.chdir(tmp_path / "work")
     with refused("folder-overlap", f"--save {target}: ", f"the folder that the command runs in, {tmp_path}/work"):
         check_apart("--save", Path(target), {})
+
+
+@pytest.mark.parametrize("option", ["save", "save_hf", "tensorboard_dir"])
+@pytest.mark.parametrize("below", ["", "/new/folder"], ids=["a file", "below a file"])
+def test_a_run_does_not_write_where_a_file_is(tmp_path: Path, option: str, below: str) -> None:
+    """Before any work, and by the flag: the system's own error names the file alone."""
+    (tmp_path / "file").write_text("")
+    config = Config()
+    for name, value in ({"save": f"{tmp_path}/run"} | {option: f"{tmp_path}/file{below}"}).items():
+        config.assign(name, value)
+    with refused("not-a-folder", f"{flag(option)} {tmp_path}/file{below}: ", "choose another"):
+        check_folders(config)
