@@ -263,7 +263,7 @@ def _foldable(module: nn.Module, inputs: object, embeddings: Tensor) -> Tensor:
 
     megatron-core transposes [1, tokens, h], and the stride of the dimension of size 1 stays that of all tokens. A
     product of such a tensor with a frozen matrix, the first of layer 0, is not folded into one of two matrices
-    (`should_fold` of torch's matmul): torch multiplies every token with the matrix, on a CPU a copy of it for each.
+    (`should_fold` of torch's matmul): torch multiplies each token alone, and on a CPU copies the matrix for each.
     """
     return embeddings.flatten(0, 1).view(embeddings.shape)
 

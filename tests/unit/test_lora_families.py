@@ -143,7 +143,7 @@ class Batched(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("flags", [(), FULL], ids=["kept", "recomputed"])
-def test_no_token_is_multiplied_by_itself_with_a_frozen_matrix(engine: Any, flags: tuple[Any, ...]) -> None:
+def test_a_frozen_matrix_is_multiplied_with_all_tokens_at_once(engine: Any, flags: tuple[Any, ...]) -> None:
     """A batched product would copy the matrix for every token."""
     pack = build_pack([random_group(1, ((20, (6,)),))], [0])
     with Batched() as noted:
