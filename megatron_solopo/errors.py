@@ -43,9 +43,11 @@ class Diverged(UserError):
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """``"; did you mean --seq-length?"``, or "" where no name is near."""
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
+    """``"; did you mean --seq-length?"``, or "" where no name is near. Leading dashes, which all options share, make no
+    two of them alike."""
+    by_word = {one.lstrip("-"): one for one in names}
+    close = difflib.get_close_matches(name.lstrip("-"), list(by_word), n=1, cutoff=0.6)
+    return f"; did you mean {by_word[close[0]]}?" if close else ""
 
 
 def require(what: str, package: str, extra: str, instead: str = "") -> None:

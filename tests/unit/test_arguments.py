@@ -13,6 +13,7 @@ from tiny_models import preference_groups
 from megatron_solopo.cli import COMMANDS, dispatch, run
 from megatron_solopo.data.files.records import read_records
 from megatron_solopo.data.text.tokenizer import read_tokenizer
+from megatron_solopo.errors import nearest
 from megatron_solopo.json_text import check_json
 
 SHORTENED = {
@@ -153,3 +154,10 @@ def test_other_numbers_and_broken_files_are_left_to_their_readers(tmp_path: Path
     (tmp_path / "a.json").write_text(json.dumps({"time_step_limit": [0.0, math.inf], "theta": math.inf}))
     (tmp_path / "b.json").write_text("{")
     check_json(tmp_path / "a.json", tmp_path / "b.json", tmp_path / "absent.json")
+
+
+def test_only_a_name_that_is_near_is_suggested() -> None:
+    options = ["--main-grads-dtype", "--eval-generate", "--lr", "--seq-length", "--lora-rank"]
+    assert nearest("--learning-rate", options) == ""  # the nearest shares little more than its dashes
+    assert nearest("--seq-lenght", options) == "; did you mean --seq-length?"
+    assert nearest("--lora-r", options) == "; did you mean --lora-rank?"
