@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import resource
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -81,10 +82,13 @@ def test_a_missing_tensor_leaves_no_model(tmp_path: Path) -> None:
 
 def test_all_tensors_are_read_where_nothing_can_be_written(tmp_path: Path) -> None:
     """Other processes send them; stopping to listen would leave those waiting."""
-    (tmp_path / "file").write_text("")
-    read = []
-    with refused("write-failed", f"--save-hf {tmp_path}/file/new: ", "Not a directory"):
-        write(tmp_path / "file" / "new", tmp_path, ((name, read.append(name) or t) for name, t in TENSORS.items()))
+    read, (soft, hard) = [], resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # bytes a file: a header alone is longer
+    try:
+        with refused("write-failed", f"--save-hf {tmp_path}/new: ", "File too large"):
+            write(tmp_path / "new", tmp_path, ((name, read.append(name) or t) for name, t in TENSORS.items()))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert len(read) == 5
 
 
