@@ -94,7 +94,7 @@ def _read(path: Path, above: frozenset[Path]) -> Recipe:
         stages = {stage.name: stage for stage in recipe.stages}
         for line in _mapping(file, lines.get("stages")):
             stages[line.name] = _stage(file, line, stages.get(line.name))
-        matrix = _matrix(file, lines["matrix"]) if "matrix" in lines else recipe.matrix
+        matrix = _matrix(file, lines["matrix"], recipe.matrix) if "matrix" in lines else recipe.matrix
         rounds = _rounds(file, lines["rounds"], recipe.rounds) if "rounds" in lines else recipe.rounds
         serving = _serving(file, lines["serving"]) if "serving" in lines else recipe.serving
     return Recipe(path, output, environment, list(stages.values()), matrix, rounds, serving)
@@ -180,31 +180,41 @@ def _serving(file: OptionFile, line: Entry) -> Serving:
     return serving
 
 
-def _matrix(file: OptionFile, line: Entry) -> Matrix:
-    parts = _needed(file, line, (*OF_MATRIX, PREDICTIONS), OF_MATRIX)
-    seeds, folder = file.value(parts["seeds"].node), file.path.parent.absolute()
-    if not isinstance(seeds, list) or not all(isinstance(seed, str) and seed.isdigit() for seed in seeds):
-        where = parts["seeds"].where
-        raise UserError("recipe-value", f"{where}: seeds: must be a list of whole numbers, found {seeds!r}")
-    predictions = file.value(parts[PREDICTIONS].node) if PREDICTIONS in parts else False
-    if not isinstance(predictions, bool):
-        where = parts[PREDICTIONS].where
-        raise UserError("recipe-value", f"{where}: predictions: must be true or false, found {predictions!r}")
-    variants: dict[str, dict[str, object]] = {}
-    for variant in _mapping(file, parts["variants"]):
-        _check_name(variant, "variant")
-        variants[variant.name] = {
-            name: _relative_to(folder, file.value(node)) for name, _, node in _mapping(file, variant)
-        }
-    return Matrix(
-        line.where,
-        [int(seed) for seed in seeds],
-        Path(os.path.normpath(folder / _text(file, parts["results"]))),
-        os.path.normpath(_text(file, parts["result"])),
-        [_stage(file, part, None) for part in _mapping(file, parts["stages"])],
-        variants,
-        predictions,
-    )
+def _matrix(file: OptionFile, line: Entry, before: Matrix | None) -> Matrix:
+    """Returns the matrix; ``before`` is the base's, which it changes. Of its variants those that are named here run."""
+    parts = _needed(file, line, (*OF_MATRIX, PREDICTIONS), ("results",) if before else OF_MATRIX)
+    folder = file.path.parent.absolute()
+    values: dict[str, Any] = {"where": line.where}
+    if "seeds" in parts:
+        seeds = file.value(parts["seeds"].node)
+        if not isinstance(seeds, list) or not all(isinstance(seed, str) and seed.isdigit() for seed in seeds):
+            where = parts["seeds"].where
+            raise UserError("recipe-value", f"{where}: seeds: must be a list of whole numbers, found {seeds!r}")
+        values["seeds"] = [int(seed) for seed in seeds]
+    if "results" in parts:
+        values["results"] = Path(os.path.normpath(folder / _text(file, parts["results"])))
+    if "result" in parts:
+        values["result"] = os.path.normpath(_text(file, parts["result"]))
+    if PREDICTIONS in parts:
+        predictions = file.value(parts[PREDICTIONS].node)
+        if not isinstance(predictions, bool):
+            where = parts[PREDICTIONS].where
+            raise UserError("recipe-value", f"{where}: predictions: must be true or false, found {predictions!r}")
+        values["predictions"] = predictions
+    if "variants" in parts:
+        variants: dict[str, dict[str, object]] = {}
+        for variant in _mapping(file, parts["variants"]):
+            _check_name(variant, "variant")
+            of_base = before.variants.get(variant.name, {}) if before else {}
+            variants[variant.name] = of_base | {
+                name: _relative_to(folder, file.value(node)) for name, _, node in _mapping(file, variant)
+            }
+        values["variants"] = variants
+    stages = {stage.name: stage for stage in before.stages} if before else {}
+    for part in _mapping(file, parts.get("stages")):
+        stages[part.name] = _stage(file, part, stages.get(part.name))
+    values["stages"] = list(stages.values())
+    return dataclasses.replace(before, **values) if before else Matrix(**values)
 
 
 def _check_name(line: Entry, what: str) -> None:

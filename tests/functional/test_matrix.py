@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from refusals import check_refusal
+from refusals import check_refusal, refused
 from training_home import furnish
 
 from megatron_solopo.cli import dispatch, run
@@ -144,6 +144,33 @@ def test_predictions_are_kept_where_differences_are_wanted(experiment: Experimen
     (experiment.results / "two-seed-1.predictions.jsonl").unlink()
     shutil.rmtree(experiment.folder / "out")
     assert experiment.calls() == ["", "world/a.txt two/middle.txt two/evaluation.json"]
+
+
+def test_a_recipe_changes_the_matrix_of_its_base(experiment: Experiment) -> None:
+    """It takes seeds, stages and variants from it, runs those that it names, and shares the folder of their stages."""
+    experiment.calls()
+    later = {
+        "base": "e.yaml",
+        "matrix": {
+            "results": "kept-too",
+            "stages": {"last": {"options": {"note": "longer"}}},
+            "variants": {"two": {"label": "2"}},
+        },
+    }
+    (experiment.folder / "f.yaml").write_text(yaml.safe_dump(later))
+    assert run(dispatch, ["run", str(experiment.folder / "f.yaml")]) == 0
+    calls = (experiment.folder / "out" / "seed-1" / "calls").read_text()
+    assert calls == "world/a.txt plain/evaluation.json two/middle.txt two/evaluation.json two/evaluation.json "
+    of_base, changed = (
+        json.loads((experiment.folder / kept / "two-seed-1.json").read_text()) for kept in ("kept", "kept-too")
+    )
+    assert (of_base["stages"]["two.last"][2]["note"], changed["stages"]["two.last"][2]["note"]) == ("$5", "longer")
+    assert "| 2 " in (experiment.folder / "kept-too" / "report.md").read_text()
+    assert not (experiment.folder / "kept-too" / "plain-seed-1.json").exists()
+    del later["matrix"]["results"]  # those of the base would be overwritten
+    with refused("recipe-incomplete", "f.yaml:", "matrix: results: missing"):
+        (experiment.folder / "f.yaml").write_text(yaml.safe_dump(later))
+        dispatch(["run", str(experiment.folder / "f.yaml")])
 
 
 def test_a_run_resumes_at_the_stage_that_failed(experiment: Experiment, capfd: pytest.CaptureFixture[str]) -> None:
