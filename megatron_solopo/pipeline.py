@@ -145,9 +145,10 @@ class Work:
             values["served"] = self.stage.served
         return json.loads(json.dumps([self.stage.command, script, values], default=str))
 
-    def inputs(self) -> dict[str, list[State]]:
-        """Size and time of every file and folder that an option names, except outputs of this and later stages: the
-        value of --preference-loss orpo is not a later stage's folder orpo."""
+    def inputs(self) -> dict[str, str | list[State]]:
+        """The state of every file and folder that an option names, except outputs of this and later stages: the value
+        of --preference-loss orpo is not a later stage's folder orpo. A small file is known by its content, since a
+        checkout of the same scripts changes their times."""
         places = [str(self.stage.script)] if self.stage.script else []
         places += _places(self.stage.served)
         for name, value in self.values.items():
@@ -155,7 +156,7 @@ class Work:
                 places += [place for one in (value if isinstance(value, list) else [value]) for place in _places(one)]
         above = [Path.cwd().resolve(), *Path.cwd().resolve().parents]
         return {
-            place: _state(Path(place))
+            place: hashlib.sha256(path.read_bytes()).hexdigest() if _is_small(path := Path(place)) else _state(path)
             for place in dict.fromkeys(places)
             if (real := Path(place).resolve()) not in above and self.later.isdisjoint([real, *real.parents])
         }
@@ -194,6 +195,9 @@ def _works(recipe: Recipe) -> list[Work]:
     return works
 
 
+SMALL = 2**20
+"""Bytes of a file that is read to know whether it changed."""
+
 State = tuple[str, int, int]
 """(name, size, time of the last change in ns) of a file."""
 
@@ -204,6 +208,10 @@ def _places(value: object) -> Iterator[str]:
         for text in (value, value.removeprefix("@"), value.partition("=")[2]):
             if text and len(text) < 4096 and "\0" not in text and "\n" not in text and os.path.exists(text):
                 yield text
+
+
+def _is_small(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size <= SMALL
 
 
 def _state(path: Path) -> list[State]:

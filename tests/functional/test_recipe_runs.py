@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from tiny_models import write_lines
 from training_home import ENVIRONMENT, ROOT, furnish
 
+from megatron_solopo import pipeline
 from megatron_solopo.cli import dispatch, run
 
 COPY = """\
@@ -84,9 +85,9 @@ def test_finished_stages_are_skipped_and_changed_ones_run_with_later_ones(
     (folder.path / "start.txt").write_text("t")
     assert folder.calls() == "aBc" and (folder.target / "c.txt").read_text() == "taBc"
     (folder.target / "b.txt").unlink()
-    assert folder.calls() == "Bc"
+    assert folder.calls() == "B"  # which writes what c read
     (folder.target / "b.txt").write_text("of a person")
-    assert folder.calls() == "Bc" and (folder.target / "c.txt").read_text() == "taBc"
+    assert folder.calls() == "B" and (folder.target / "c.txt").read_text() == "taBc"
     (folder.path / "copy.py").write_text(COPY + "\n")
     assert folder.calls() == "aBc"
     folder.options = {"a": folder.options["a"], "d": {"text": "d", "output": "d.txt"}} | folder.options
@@ -107,7 +108,20 @@ def test_from_and_only(folder: Folder) -> None:
     assert folder.calls() == "abc"
     assert folder.calls("--from", "b") == "bc"
     assert folder.calls("--only", "b") == "b"
+    assert folder.calls() == ""  # it wrote what it wrote before
+    folder.options["b"]["text"] = "B"
+    assert folder.calls("--only", "b") == "B"
     assert folder.calls() == "c"  # what it reads is new
+
+
+def test_the_time_of_a_small_file_is_no_change(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkout of the same commit writes scripts and files anew."""
+    folder.calls()
+    for file in ("copy.py", "start.txt"):
+        os.utime(folder.path / file, ns=(1, 1))
+    assert folder.calls() == ""
+    monkeypatch.setattr(pipeline, "SMALL", 0)  # a large file is not read
+    assert folder.calls() == "abc"
 
 
 def test_a_failing_stage_ends_the_run_and_the_next_run_starts_there(
