@@ -42,12 +42,46 @@ class Diverged(UserError):
     """Loss, gradient or weights are no longer finite; every process raises it at the same step."""
 
 
+OF_TRANSFORMERS = {
+    "model-name-or-path": "hf-path",
+    "dataset-name": "train-data",
+    "output-dir": "save",
+    "learning-rate": "lr",
+    "lr-scheduler-type": "lr-decay-style",
+    "warmup-ratio": "lr-warmup-fraction",
+    "warmup-steps": "lr-warmup-fraction",
+    "max-grad-norm": "clip-grad",
+    "num-train-epochs": "train-epochs",
+    "max-steps": "train-iters",
+    "per-device-train-batch-size": "micro-batch-size",
+    "gradient-accumulation-steps": "global-batch-size",
+    "gradient-checkpointing": "recompute-granularity",
+    "max-length": "seq-length",
+    "loss-type": "preference-loss",
+    "lora-r": "lora-rank",
+    "lora-target-modules": "lora-modules",
+    "logging-steps": "log-interval",
+    "eval-steps": "eval-interval",
+    "save-steps": "save-interval",
+    "save-total-limit": "keep-last",
+    "resume-from-checkpoint": "load",
+}
+"""Options of transformers' TrainingArguments and TRL's scripts whose names are far from those here, which are
+Megatron-LM's."""
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """``"; did you mean --seq-length?"``, or "" where no name is near. Leading dashes, which all options share, make no
-    two of them alike."""
-    by_word = {one.lstrip("-"): one for one in names}
-    close = difflib.get_close_matches(name.lstrip("-"), list(by_word), n=1, cutoff=0.6)
+    two of them alike; names of files have underscores."""
+    by_word = {_word(one): one for one in names}
+    word = _word(name)
+    same = OF_TRANSFORMERS.get(word)
+    close = [same] if same in by_word else difflib.get_close_matches(word, list(by_word), n=1, cutoff=0.6)
     return f"; did you mean {by_word[close[0]]}?" if close else ""
+
+
+def _word(name: str) -> str:
+    return name.lstrip("-").replace("_", "-")
 
 
 def require(what: str, package: str, extra: str, instead: str = "") -> None:

@@ -11,9 +11,10 @@ from refusals import check_refusal, refused
 from tiny_models import preference_groups
 
 from megatron_solopo.cli import COMMANDS, dispatch, run
+from megatron_solopo.config import OWNER, flag
 from megatron_solopo.data.files.records import read_records
 from megatron_solopo.data.text.tokenizer import read_tokenizer
-from megatron_solopo.errors import nearest
+from megatron_solopo.errors import OF_TRANSFORMERS, nearest
 from megatron_solopo.json_text import check_json
 
 SHORTENED = {
@@ -158,6 +159,14 @@ def test_other_numbers_and_broken_files_are_left_to_their_readers(tmp_path: Path
 
 def test_only_a_name_that_is_near_is_suggested() -> None:
     options = ["--main-grads-dtype", "--eval-generate", "--lr", "--seq-length", "--lora-rank"]
-    assert nearest("--learning-rate", options) == ""  # the nearest shares little more than its dashes
+    assert nearest("--learning-pace", options) == ""  # the nearest shares little more than its dashes
     assert nearest("--seq-lenght", options) == "; did you mean --seq-length?"
     assert nearest("--lora-r", options) == "; did you mean --lora-rank?"
+
+
+@pytest.mark.parametrize("theirs", OF_TRANSFORMERS)
+def test_the_names_of_transformers_lead_to_those_here(theirs: str) -> None:
+    name = OF_TRANSFORMERS[theirs].replace("-", "_")
+    assert name in OWNER and theirs.replace("-", "_") not in OWNER
+    assert nearest(f"--{theirs}", [f"--{OF_TRANSFORMERS[theirs]}", f"--{theirs}s"]).endswith(f"mean {flag(name)}?")
+    assert nearest(theirs.replace("-", "_"), [name]).endswith(f"mean {name}?")
