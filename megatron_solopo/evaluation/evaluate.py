@@ -184,7 +184,7 @@ def _asked(
         items, left_out = part.build(tokenizer)
         if trained is not None:
             items = trained.without(items, left_out)
-            check_some(items, left_out)
+        check_some(items, left_out, f"--tasks {part.task}: " if part.task else "")
         new_tokens = part.max_new_tokens
         if options.gold_log_prob:
             items = [replace(one, gold=body_ids(tokenizer, one.chats[0], one.answers[0])) for one in items]

@@ -67,9 +67,6 @@ def build_items(
         sizes: ascending, in ``unit``: ``documents`` (gold ones included) or ``tokens`` (of the whole prompt).
         pool: further files of distractors; the paragraphs of all questions are always used.
         limit: the first so many questions (the distractors still come from all).
-
-    Raises:
-        UserError: no question is left.
     """
     left_out = LeftOut()
     questions: list[Question] = []
@@ -129,7 +126,6 @@ def items_of(
             chats = [context.messages for context in contexts]
             prompts = [prompt_ids(tokenizer, chat) for chat in chats]
             items.append(Item(question.id, question.question, list(question.answers), prompts, depth, chats=chats))
-    check_some(items, counts)
     return items
 
 

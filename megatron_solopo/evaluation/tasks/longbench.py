@@ -19,7 +19,7 @@ from megatron_solopo.data.building.selection import CannotBuild
 from megatron_solopo.data.files.inputs import read_records
 from megatron_solopo.data.text.tokenizer import encode
 from megatron_solopo.data.validation import Text, validated
-from megatron_solopo.evaluation.items import Item, check_some
+from megatron_solopo.evaluation.items import Item
 from megatron_solopo.evaluation.tasks._task import Setting, Task
 
 _QUESTION = "\n\nQuestion: {input}\n\nAnswer:"
@@ -118,7 +118,6 @@ def _asked(setting: Setting, entries: list[tuple[str, str, list[str], str]], cou
             continue
         chats = [setting.chat(content) for content, _ in asked]
         items.append(Item(name, question, answers, [ids for _, ids in asked], chats=chats))
-    check_some(items, counts, "--tasks: ")
     return items
 
 

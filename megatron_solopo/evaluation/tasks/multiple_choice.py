@@ -20,7 +20,7 @@ from megatron_solopo.data.files.inputs import read_records
 from megatron_solopo.data.text.tokenizer import encode
 from megatron_solopo.data.validation import Text, validated
 from megatron_solopo.errors import UserError
-from megatron_solopo.evaluation.items import Item, check_some
+from megatron_solopo.evaluation.items import Item
 from megatron_solopo.evaluation.tasks._task import Setting, Task
 
 LETTERS = "ABCDEFGHIJ"
@@ -82,7 +82,6 @@ def _items(setting: Setting, file: str | None, counts: Counter[str]) -> list[Ite
         prompt = list(start) + encode(tokenizer, question_text(read.question, read.choices, read.subject))
         choices = tuple(encode(tokenizer, f" {letter}") for letter in letters)
         items.append(Item(str(number), read.question, [read.answer], [prompt], choices=choices))
-    check_some(items, counts, "--tasks: ")
     return items
 
 

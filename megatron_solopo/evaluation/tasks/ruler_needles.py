@@ -19,7 +19,7 @@ from pathlib import Path
 from megatron_solopo.data.building.selection import CannotBuild
 from megatron_solopo.data.files.records import read_text
 from megatron_solopo.errors import UserError
-from megatron_solopo.evaluation.items import Item, check_some
+from megatron_solopo.evaluation.items import Item
 from megatron_solopo.evaluation.tasks._task import SAMPLES, Setting, Task
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -91,7 +91,6 @@ class Needles:
                     items.append(self._item(setting, number, depth, sentences))
                 except CannotBuild as reason:
                     counts[str(reason)] += 1
-        check_some(items, counts, "--tasks: ")
         return items
 
     def _item(self, setting: Setting, number: int, depth: float | None, sentences: Sequence[str]) -> Item:
@@ -204,7 +203,6 @@ def _variable_tracking(setting: Setting, file: str | None, counts: Counter[str])
             counts[str(reason)] += 1
             continue
         items.append(Item(str(number), f"variables with the value {value}", names, prompts))
-    check_some(items, counts, "--tasks: ")
     return items
 
 

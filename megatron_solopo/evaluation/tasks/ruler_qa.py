@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from megatron_solopo.data.building.selection import CannotBuild
 from megatron_solopo.data.schema import Paragraph, Question
-from megatron_solopo.evaluation.items import Item, check_some
+from megatron_solopo.evaluation.items import Item
 from megatron_solopo.evaluation.tasks._documents import HOTPOTQA, SQUAD, read_hotpotqa, read_squad
 from megatron_solopo.evaluation.tasks._task import Setting, Task
 
@@ -41,7 +41,6 @@ def _items(questions: list[Question], whole: bool, setting: Setting, counts: Cou
             counts[str(reason)] += 1
             continue
         items.append(Item(question.id, question.question, list(question.answers), prompts))
-    check_some(items, counts, "--tasks: ")
     return items
 
 
