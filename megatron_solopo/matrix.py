@@ -59,6 +59,7 @@ def run_matrix(recipe: Recipe, matrix: Matrix, dry_run: bool = False) -> int:
     runs = {
         (seed, variant): run_of(recipe, matrix, seed, variant) for seed in matrix.seeds for variant in matrix.variants
     }
+    folder = recipe.path.parent.absolute()
     for (seed, variant), run in runs.items():
         file = _file(matrix, seed, variant)
         stages = identity(run)
@@ -72,7 +73,7 @@ def run_matrix(recipe: Recipe, matrix: Matrix, dry_run: bool = False) -> int:
             return status
         if not dry_run:
             with contextlib.chdir(run.output):
-                record = _result(run, matrix, seed, variant) | {"stages": stages}
+                record = _result(run, folder, matrix, seed, variant) | {"stages": stages}
                 if matrix.predictions:
                     write_text(predictions, _without_texts(predictions_path(_result_file(matrix, variant))))
             write_text(file, json.dumps(record, indent=1) + "\n")
@@ -140,17 +141,18 @@ def _result_file(matrix: Matrix, variant: str) -> str:
 
 def identity(run: Recipe) -> dict[str, object]:
     """Returns command and options of each stage, the same on every machine; see `_portable`."""
-    return {stage.name: _portable(Work(stage, "", *stage.checked()).options(), run) for stage in run.stages}
+    folder = run.path.parent.absolute()
+    return {stage.name: _portable(Work(stage, "", *stage.checked()).options(), folder) for stage in run.stages}
 
 
-def _portable(value: Any, run: Recipe) -> Any:
-    """Returns a value, lists and mappings included, with absolute paths relative to the recipe's folder."""
+def _portable(value: Any, folder: Path) -> Any:
+    """Returns a value, lists and mappings included, with absolute paths relative to ``folder``, the recipe's."""
     if isinstance(value, list):
-        return [_portable(one, run) for one in value]
+        return [_portable(one, folder) for one in value]
     if isinstance(value, dict):
-        return {name: _portable(one, run) for name, one in value.items()}
+        return {name: _portable(one, folder) for name, one in value.items()}
     path = ABSOLUTE.match(value) if isinstance(value, str) else None
-    return f"{path[1] or ''}{os.path.relpath(path[2], run.path.parent.absolute())}" if path else value
+    return f"{path[1] or ''}{os.path.relpath(path[2], folder)}" if path else value
 
 
 def _without_texts(predictions: Path) -> str:
@@ -170,14 +172,14 @@ def _kept(file: Path) -> object:
         raise UserError("not-json", f"{file}: not valid JSON; delete it, and its run is repeated") from None
 
 
-def _result(run: Recipe, matrix: Matrix, seed: int, variant: str) -> dict[str, Any]:
+def _result(run: Recipe, folder: Path, matrix: Matrix, seed: int, variant: str) -> dict[str, Any]:
     """Returns the record of a run, in whose output folder the process is: its evaluation, without this machine's
-    paths, and what its training took."""
+    paths (``folder`` is the recipe's), and what its training took."""
     text = Path(_result_file(matrix, variant)).read_text(encoding="utf-8").replace(f"{Path.cwd()}{os.sep}", "")
     evaluation = json.loads(text)
     notes = {stage.name: Note.read(Path(".stages") / f"{stage.name}.json") or Note([], "") for stage in run.stages}
     return evaluation | {
-        "settings": _portable(evaluation["settings"], run),
+        "settings": _portable(evaluation["settings"], folder),
         "variant": variant,
         "seed": seed,
         "training": [

@@ -248,7 +248,8 @@ def _stage(file: OptionFile, line: Entry, before: Stage | None) -> Stage:
         )
     stage = before or Stage(line.name, line.where, command)
     if command == SCRIPT and commands:
-        stage = dataclasses.replace(stage, script=file.path.parent.absolute() / _text(file, parts[SCRIPT]))
+        script = os.path.normpath(file.path.parent.absolute() / _text(file, parts[SCRIPT]))
+        stage = dataclasses.replace(stage, script=Path(script))
     place = "options" if command == SCRIPT else command
     if "options" in parts and place != "options":
         raise UserError("recipe-key", f"{parts['options'].where}: the options of {command} belong under it")

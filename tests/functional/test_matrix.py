@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -75,7 +76,7 @@ class Experiment:
         (self.folder / "e.yaml").write_text(yaml.safe_dump(self.recipe, sort_keys=False))
         for calls in self.folder.glob("out/*/calls"):
             calls.unlink()
-        return run(dispatch, ["run", str(self.folder / "e.yaml"), *flags])
+        return run(dispatch, ["run", os.path.relpath(self.folder / "e.yaml"), *flags])
 
     def calls(self, *flags: str) -> list[str]:
         """Runs it; what the stages of each seed wrote."""
@@ -90,8 +91,9 @@ def experiment(tmp_path: Path) -> Experiment:
 
 
 def test_each_run_needs_its_stages_alone_and_is_not_repeated(
-    experiment: Experiment, capfd: pytest.CaptureFixture[str]
+    experiment: Experiment, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(experiment.folder)  # its recipe has a relative name, and its stages run elsewhere
     every = "world/a.txt plain/evaluation.json two/middle.txt two/evaluation.json"
     assert experiment.calls() == [every, every]
     plain, two = (json.loads((experiment.results / f"{name}-seed-1.json").read_text()) for name in ("plain", "two"))
