@@ -72,7 +72,8 @@ def write_model(
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config or LlamaConfig(**SHAPE, tie_word_embeddings=False))
     with torch.no_grad():
-        for parameter in (*model.parameters(), *(x for name, x in model.named_buffers() if name.endswith("bias"))):
+        buffers = (x for name, x in model.named_buffers() if name.endswith(("bias", "layer_scalar")))
+        for parameter in (*model.parameters(), *buffers):
             parameter.add_(torch.randn_like(parameter) * noise)
     model.save_pretrained(folder)
     words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(SPECIAL + WORDS)}, unk_token="<pad>"))

@@ -37,7 +37,9 @@ def load(folder: Path) -> nn.Module:
 
 
 def _norm(self: nn.Module, x: Tensor) -> Tensor:
-    if hasattr(self, "eps"):  # Gemma's, whose factor is 1 + weight
+    if hasattr(self, "with_scale"):  # Gemma 4's, of which some have no weight
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * getattr(self, "weight", 1)
+    if hasattr(self, "eps"):  # Gemma 3's, whose factor is 1 + weight
         return (1 + self.weight) * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
     return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
 

@@ -27,6 +27,7 @@ A folder is read by the `model_type` of its config.json, of a model with images 
 |---|---|
 | deepseek_v2, deepseek_v3 | DeepSeek-V2, DeepSeek-V3, DeepSeek-R1 |
 | gemma3_text, inside gemma3 | Gemma 3 |
+| gemma4_text, inside gemma4; gemma4_unified_text, inside gemma4_unified | Gemma 4 31B; 12B (not E2B, E4B, 26B-A4B) |
 | glm, glm4 | GLM-4-9B, GLM-4-0414 |
 | glm4_moe | GLM-4.5, GLM-4.6 and their Air |
 | glm4_moe_lite | GLM-4.7-Flash |

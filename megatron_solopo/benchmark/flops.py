@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
-from megatron_solopo.model.cost import rule_operations
+from megatron_solopo.model.cost import query_widths, rule_operations
 from megatron_solopo.model.families.fields import attention_window, linear_layers, windowed_layers
 from megatron_solopo.pack import Pack
 from megatron_solopo.planning.operators import causal_pairs, windowed_pairs
@@ -48,16 +48,20 @@ def flops_of(hf_config: PretrainedConfig, pieces: Iterable[tuple[int, int]], pre
     shape = Shape.of(hf_config, 1)
     chosen = shape.chosen or 1
     layer = shape.attention + shape.hidden * (shape.experts + 3 * (shape.ffn * chosen + shape.shared))
-    windowed, window = sum(windowed_layers(hf_config)), attention_window(hf_config) or 0
-    recurrent = sum(linear_layers(hf_config))
-    tokens = pairs = 0
+    linear, window = linear_layers(hf_config), attention_window(hf_config) or 0
+    full = windowed = tokens = pairs = 0  # channels of keys and of values of all layers
+    kinds = zip(query_widths(hf_config), windowed_layers(hf_config), linear, strict=True)
+    for width, has_window, is_recurrent in kinds:
+        channels = 2 * width + shape.values - shape.queries  # which differ with latents alone
+        windowed += channels * has_window
+        full += channels * (not has_window and not is_recurrent)
     for length, before in pieces:
         tokens += length
-        pairs += (shape.layers - windowed - recurrent) * causal_pairs(length, before + length)
+        pairs += full * causal_pairs(length, before + length)
         pairs += windowed * windowed_pairs(length, before + length, window)
     products = 2 * shape.layers * layer * tokens + 2 * hf_config.vocab_size * shape.hidden * predicted
-    rules = recurrent * tokens * rule_operations(hf_config)
-    return Flops(3.0 * products, 3.0 * (2 * pairs * (shape.queries + shape.values) + rules))
+    rules = sum(linear) * tokens * rule_operations(hf_config)
+    return Flops(3.0 * products, 3.0 * (2 * pairs + rules))
 
 
 def flops_of_packs(hf_config: PretrainedConfig, packs: Sequence[Pack]) -> Flops:

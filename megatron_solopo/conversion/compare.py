@@ -24,6 +24,7 @@ from megatron_solopo.data.tokenized.packs import build_pack
 from megatron_solopo.data.tokenized.tokens import Completion, Prompt, TokenGroup
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.build import rotary_frequencies
+from megatron_solopo.model.families.fields import logit_cap
 from megatron_solopo.model.forward import LogProbHead, device_pack, segment_log_probs
 from megatron_solopo.model.hf_config import whole_config
 from megatron_solopo.pack import Context, Segments, Side
@@ -132,7 +133,8 @@ def compare(
         theirs = theirs.eval().to(parameter.device)
         if parameter.dtype == torch.float32:
             theirs.float()  # transformers dequantises MXFP4 in bfloat16, which holds it exactly
-    head = LogProbHead(hf_config.vocab_size, 256, rotary_frequencies(hf_config).to(parameter.device))
+    frequencies = rotary_frequencies(hf_config).to(parameter.device)
+    head = LogProbHead(hf_config.vocab_size, 256, frequencies, logit_cap(hf_config))
     model.eval()
     comparison, layers = Comparison(), []
     for ids in ProgressBar(prompts, desc="comparing", unit="prompt", leave=False):

@@ -26,7 +26,7 @@ from megatron_solopo.model.norm import WidthNorm
 from megatron_solopo.model.offload import Offload
 from megatron_solopo.model.rope import RotaryFrequencies, rotate
 from megatron_solopo.parallel.context import method_of
-from megatron_solopo.parallel.kernels import Kernels, kernels_for
+from megatron_solopo.parallel.kernels import Kernels, is_wide, kernels_for
 from megatron_solopo.parallel.layout import RankLayout, backends_of
 from megatron_solopo.parallel.recurrence import RecurrentLayout
 
@@ -117,12 +117,14 @@ def is_windowed(settings: TransformerConfig, layer_number: int) -> bool:
 
 
 def attention_kernels(settings: TransformerConfig, device: torch.device) -> Kernels:
-    """Returns the kernels of a model's attention without context parallelism."""
+    """Returns the kernels of a model's attention without context parallelism, of layers without a window."""
     engine, sixteen_bits = settings.transformer_impl == transformer_engine.NAME, settings.params_dtype.itemsize == 2
     backend, deterministic = settings.attention_backend.name, settings.deterministic_mode
     if has_sinks(settings) and not engine:
         backend = "flash"  # torch's attention for prompts returns no log-sum-exps
-    return kernels_for(engine, device.type == "cuda", sixteen_bits, backend, deterministic)
+    kernels = kernels_for(engine, device.type == "cuda", sixteen_bits, backend, deterministic)
+    flash = kernels in (Kernels.PROMPTS, Kernels.FLASH)
+    return Kernels.BLOCKS if flash and backend == "auto" and is_wide(cast(int, settings.kv_channels)) else kernels
 
 
 def describe_kernels(settings: TransformerConfig, device: torch.device) -> str:
@@ -139,8 +141,9 @@ def describe_kernels(settings: TransformerConfig, device: torch.device) -> str:
         return f"attention: {flash}, one call for all sequences of a pack"
     if kernels is Kernels.ENGINE:
         return f"attention: Transformer Engine, {settings.attention_backend.name} kernels"
+    windows = "" if settings.window_size is None else f"; layers with a window in one call of {flash}"
     if kernels is Kernels.BLOCKS:
-        return "attention: torch's memory-efficient kernel, keys and values repeated for each query head"
+        return f"attention: torch's memory-efficient kernel, keys and values repeated for each query head{windows}"
     heads, kv_heads, size = settings.num_attention_heads, settings.num_query_groups, settings.kv_channels
     assert kv_heads and size
     query, key = (torch.zeros(1, n, 128, size, dtype=settings.params_dtype, device=device) for n in (heads, kv_heads))
@@ -154,7 +157,6 @@ def describe_kernels(settings: TransformerConfig, device: torch.device) -> str:
             f"{heads} heads of {size}; use flash",
         )
     prompts = f"cuDNN {torch.backends.cudnn.version()}" if chosen == SDPBackend.CUDNN_ATTENTION else flash
-    windows = "" if settings.window_size is None else f"; layers with a window in one call of {flash}"
     return f"attention: prompts on {prompts}, all responses of a pack in one call of {flash}{windows}"
 
 

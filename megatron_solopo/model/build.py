@@ -38,7 +38,9 @@ from megatron_solopo.model.families.fields import (
     head_dim,
     linear_layers,
     mlp_width,
+    of_layers,
     window_options,
+    windowed_layers,
 )
 from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.model.hf_config import padded_vocab_size
@@ -51,6 +53,7 @@ from megatron_solopo.model.rope import RotaryFrequencies
 from megatron_solopo.model.router import Router
 from megatron_solopo.model.swiglu import ACTIVATIONS, SwiGLU
 from megatron_solopo.model.tiled_mlp import TiledMLP
+from megatron_solopo.model.value_norm import value_norm_spec
 
 
 def transformer_config(hf_config: PretrainedConfig, config: Config, dtype: torch.dtype) -> TransformerConfig:
@@ -61,7 +64,7 @@ def transformer_config(hf_config: PretrainedConfig, config: Config, dtype: torch
     first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
     if first is not None and parallel.pipeline_model_parallel_size == 2:
         last = None  # follows from the first; transformer_layer.py:157 divides by the number of stages between them
-    windows = window_options(hf_config)
+    windows, sizes = window_options(hf_config), of_layers(hf_config, False)  # others: `value_norm.ScaledLayer`
     if engine and windows and windows["window_size"][0] + 1 >= config.data.seq_length:
         windows = {}  # they hide nothing, and Transformer Engine's ring refuses them
     choices: dict[str, Any] = {  # texts that mcore annotates as literals
@@ -91,8 +94,8 @@ def transformer_config(hf_config: PretrainedConfig, config: Config, dtype: torch
         num_layers=hf_config.num_hidden_layers,
         hidden_size=hf_config.hidden_size,
         num_attention_heads=hf_config.num_attention_heads,
-        num_query_groups=hf_config.num_key_value_heads,
-        kv_channels=head_dim(hf_config),
+        num_query_groups=sizes.num_key_value_heads,
+        kv_channels=head_dim(sizes),
         ffn_hidden_size=mlp_width(hf_config),
         gated_linear_unit=True,
         activation_func=ACTIVATIONS[family_of(hf_config).activation],
@@ -270,6 +273,9 @@ def build_model(
     specs = [layer if has_experts else dense for has_experts in kinds[first : first + count]]
     linear = linear_layers(hf_config)[first : first + count]
     specs = [recurrent_layer_spec(spec) if is_linear else spec for spec, is_linear in zip(specs, linear, strict=True)]
+    if family.value_norms:
+        windowed = windowed_layers(hf_config)[first : first + count]
+        specs = [value_norm_spec(spec, hf_config, kind) for spec, kind in zip(specs, windowed, strict=True)]
     block = TransformerBlockSubmodules(layer_specs=specs, layer_norm=final_norm)
     model = GPTModel(
         settings,

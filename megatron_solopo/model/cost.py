@@ -6,8 +6,10 @@ from transformers import PretrainedConfig
 
 from megatron_solopo.model.families.fields import (
     attention_window,
+    each_layer,
     has_latents,
     head_dim,
+    keys_are_values,
     linear_layers,
     mlp_width,
     windowed_layers,
@@ -24,28 +26,42 @@ def width_of_cost(hf_config: PretrainedConfig) -> float:
     (4 forward, 10 backward; `planning.cost` counts the same). A hidden size would stand for a layer with 14 h^2
     weights, which grouped queries, wide MLPs and experts do not have.
     """
-    options, size = family_of(hf_config).transformer_options(hf_config), head_dim(hf_config)
-    hidden, queries = hf_config.hidden_size, size * hf_config.num_attention_heads
+    options, hidden = family_of(hf_config).transformer_options(hf_config), hf_config.hidden_size
+    queries = mean_width(query_widths(hf_config))
     ffn = options.get("moe_ffn_hidden_size", mlp_width(hf_config)) * options.get("moe_router_topk", 1)
     ffn += options.get("moe_shared_expert_intermediate_size", 0)
     return (attention_weights(hf_config) + 3 * hidden * ffn) / (14 * queries)
 
 
+def query_widths(hf_config: PretrainedConfig) -> list[int]:
+    """Returns the width of the queries of each layer, of all heads."""
+    return [head_dim(layer) * layer.num_attention_heads for layer in each_layer(hf_config)]
+
+
+def key_widths(hf_config: PretrainedConfig) -> list[int]:
+    """Returns the width of the keys of each layer, of all heads."""
+    return [head_dim(layer) * layer.num_key_value_heads for layer in each_layer(hf_config)]
+
+
+def mean_width(widths: list[int]) -> int:
+    """Returns the mean over the layers, rounded."""
+    return round(sum(widths) / len(widths))
+
+
 def attention_weights(hf_config: PretrainedConfig) -> int:
     """Returns the weights of the matrices of a layer's attention, the mean over the layers of both kinds."""
-    options, size, hidden = (
-        family_of(hf_config).transformer_options(hf_config),
-        head_dim(hf_config),
-        hf_config.hidden_size,
-    )
+    options, hidden = family_of(hf_config).transformer_options(hf_config), hf_config.hidden_size
     if has_latents(hf_config):
-        rank, heads = hf_config.q_lora_rank, hf_config.num_attention_heads
+        rank, heads, size = hf_config.q_lora_rank, hf_config.num_attention_heads, head_dim(hf_config)
         expanded = hf_config.kv_lora_rank * (hf_config.qk_nope_head_dim + hf_config.v_head_dim)
         expanded += (hidden if rank is None else rank) * size + hidden * hf_config.v_head_dim
         return whole_attention_weights(hf_config) + heads * expanded
     gates = 1 + bool(options.get("attention_output_gate"))
-    queries, keys = size * hf_config.num_attention_heads, size * hf_config.num_key_value_heads
-    full = hidden * ((1 + gates) * queries + 2 * keys)
+    matrices = [1 if keys_are_values(hf_config, windowed) else 2 for windowed in windowed_layers(hf_config)]
+    queries, keys = query_widths(hf_config), key_widths(hf_config)
+    full = hidden * mean_width(
+        [(1 + gates) * q + count * k for q, k, count in zip(queries, keys, matrices, strict=True)]
+    )
     if not any(linear := linear_layers(hf_config)):
         return full
     keys = hf_config.linear_num_key_heads * hf_config.linear_key_head_dim
@@ -75,7 +91,8 @@ def rule_operations(hf_config: PretrainedConfig) -> int:
 
 
 def windows_of(hf_config: PretrainedConfig) -> Windows:
-    """Returns the windows of a model's layers; a recurrent layer has the window in which attention would cost as much.
+    """Returns the windows of a model's layers, whose share is by the width of their queries; a recurrent layer has the
+    window in which attention would cost as much.
 
     Chunks of tokens cost it about half as much again as `rule_operations` (model/delta_rule.py); attention computes 4
     operations for a pair and width of the queries.
@@ -83,5 +100,6 @@ def windows_of(hf_config: PretrainedConfig) -> Windows:
     if any(linear := linear_layers(hf_config)):
         queries = head_dim(hf_config) * hf_config.num_attention_heads
         return Windows(round(1.5 * rule_operations(hf_config) / (4 * queries)), sum(linear) / len(linear))
-    layers = windowed_layers(hf_config)
-    return Windows(attention_window(hf_config) or 0, sum(layers) / len(layers))
+    widths = query_widths(hf_config)
+    windowed = sum(width for width, is_windowed in zip(widths, windowed_layers(hf_config), strict=True) if is_windowed)
+    return Windows(attention_window(hf_config) or 0, windowed / sum(widths))

@@ -36,11 +36,13 @@ class LogProbHead:
         vocab_size: real rows of the vocabulary.
         chunk_size: response tokens whose logits exist at one time.
         frequencies: the model's RoPE.
+        cap: of the logits, `fields.logit_cap`.
     """
 
     vocab_size: int
     chunk_size: int
     frequencies: RotaryFrequencies
+    cap: float | None
 
 
 def device_pack(pack: Pack, settings: TransformerConfig, device: torch.device) -> DevicePack:
@@ -75,7 +77,7 @@ def segment_log_probs(
 
     def sums(states: Tensor, weight: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         log_probs = response_log_probs(
-            states, weight, part.targets, head.vocab_size, head.chunk_size, group, fused, squares
+            states, weight, part.targets, head.vocab_size, head.chunk_size, group, fused, squares, head.cap
         )
         if part.weights is not None:
             log_probs = log_probs * part.weights.to(log_probs.dtype)
@@ -94,7 +96,7 @@ def greedy_tokens(model: nn.Module, pack: DevicePack, head: LogProbHead, dtype: 
     part = pack.pack
 
     def likeliest(states: Tensor, weight: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        tokens = most_likely(states, weight, head.vocab_size, head.chunk_size, group)
+        tokens = most_likely(states, weight, head.vocab_size, head.chunk_size, group, head.cap)
         places = torch.zeros(pack.predicted, dtype=torch.float64, device=tokens.device)
         return places.index_copy(0, part.segments, tokens.double())
 

@@ -12,13 +12,13 @@ from transformers import AutoConfig, PretrainedConfig
 from megatron_solopo.config import Config, DataConfig
 from megatron_solopo.errors import UserError
 from megatron_solopo.json_text import check_json
-from megatron_solopo.model.families.fields import attention_window, head_dim
+from megatron_solopo.model.families.fields import attention_window, head_dim, of_layers, windowed_layers
 from megatron_solopo.model.families.registry import MULTIMODAL, family_of
 from megatron_solopo.model.rope import reach, rope_of
 from megatron_solopo.model.rope_scaling import extended
 from megatron_solopo.model_folder import check_is_folder, seen_in
 from megatron_solopo.parallel.context import DEFAULT
-from megatron_solopo.parallel.kernels import HEAD_DIMS
+from megatron_solopo.parallel.kernels import HEAD_DIMS, is_wide
 
 OUTER = "_outer_model_type"
 """Private, as transformers' own additions to a config are."""
@@ -128,17 +128,29 @@ def check_attention_on_cuda(hf_config: PretrainedConfig, config: Config) -> None
     sizes of heads itself.
 
     Raises:
-        UserError: head_dim is no multiple of 8, or above 256; or layers have windows or sinks, and the kernels that the
-            options name have none.
+        UserError: head_dim is no multiple of 8, or above 256 where the flash kernel alone would do; or layers have
+            windows or sinks, and the kernels that the options name have none.
     """
     _check_windows_on_cuda(hf_config, config)
-    size = head_dim(hf_config)
-    if config.model.bf16 and config.model.transformer_impl == "portable" and size not in HEAD_DIMS:
-        raise UserError(
-            "attention-unsupported",
-            f"config.json: head_dim {size}: with --bf16 on CUDA it must be a multiple of {HEAD_DIMS.step} up to "
-            f"{HEAD_DIMS[-1]}, for torch's flash attention; leave --bf16 out",
-        )
+    if not config.model.bf16 or config.model.transformer_impl != "portable":
+        return
+    model, context = config.model, config.parallel.context_parallel_size
+    for windowed in {*windowed_layers(hf_config)}:
+        size = head_dim(of_layers(hf_config, windowed))
+        remedy = "" if size in HEAD_DIMS else "leave --bf16 out"
+        if is_wide(size) and not windowed and not _has_sinks(hf_config):  # the memory-efficient kernel's
+            remedy = "" if model.attention_backend == "auto" else "use --attention-backend auto"
+            remedy = remedy if context == 1 else "use --context-parallel-size 1"
+        if remedy:
+            raise UserError(
+                "attention-unsupported",
+                f"config.json: head_dim {size}: with --bf16 on CUDA it must be a multiple of {HEAD_DIMS.step} up to "
+                f"{HEAD_DIMS[-1]}, for torch's flash attention; {remedy}",
+            )
+
+
+def _has_sinks(hf_config: PretrainedConfig) -> bool:
+    return family_of(hf_config).transformer_options(hf_config).get("softmax_type") == "learnable"
 
 
 def _check_windows_on_cuda(hf_config: PretrainedConfig, config: Config) -> None:
@@ -148,7 +160,7 @@ def _check_windows_on_cuda(hf_config: PretrainedConfig, config: Config) -> None:
     flash kernel.
     """
     window, model = attention_window(hf_config), config.model
-    sinks = family_of(hf_config).transformer_options(hf_config).get("softmax_type") == "learnable"
+    sinks = _has_sinks(hf_config)
     if not sinks and (window is None or window >= config.data.seq_length):
         return
     what = "attention sinks" if sinks else f"sliding_window {window} (config.json)"

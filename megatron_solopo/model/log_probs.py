@@ -10,7 +10,8 @@ Each product of R, H and V takes 2 R H V operations. Which of them are computed 
 
 - R <= C (R < 2 C in 16 bits on CUDA): forward keeps one-hot - p, at most 4 C V bytes, and backward computes no logits.
   Three products: one forward, two for gradients.
-- Else backward computes the logits of each block again: four products, and no more than C V logits at a time.
+- Else, and with a cap on the logits (cap x tanh(logit / cap), Gemma's ``final_logit_softcapping``), backward computes
+  the logits of each block again: four products, and no more than C V logits at a time, of which a cap needs two.
 
 Chunked losses that compute gradients in forward (Liger's) have three products by a scalar that is known there, the loss
 of the chunk; here a group's segments may lie in several chunks. The unscaled gradient of the hidden states could be
@@ -86,6 +87,11 @@ def logits_of(hidden: Tensor, weight: Tensor, total: torch.dtype) -> Tensor:
     return (hidden @ weight.t()).to(total)
 
 
+def _capped(logits: Tensor, cap: float | None) -> Tensor:
+    """Returns cap x tanh(logits / cap), in place."""
+    return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+
+
 def _places(targets: Tensor, first_row: int, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Returns [C, 1] the column of each target among ``rows`` rows from ``first_row`` on, and 1 where it is there."""
     local = targets - first_row
@@ -96,7 +102,8 @@ def _places(targets: Tensor, first_row: int, rows: int, dtype: torch.dtype) -> t
 class _ChunkedLogProbs(torch.autograd.Function):
     """Computes log softmax(hidden @ weight^T)[target].
 
-    The gradient of the logits is (one-hot - p) times the incoming gradient; see the module.
+    The gradient of the logits is (one-hot - p) times the incoming gradient, and with a cap times the slope of
+    `_capped`, 1 - (capped / cap)^2; see the module.
     """
 
     @staticmethod
@@ -112,6 +119,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         fused: bool,
         keeps: bool,
         squares: bool,
+        cap: float | None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         total = torch.promote_types(hidden.dtype, torch.float32)
         log_probs = torch.empty(targets.shape, dtype=total, device=hidden.device)
@@ -120,7 +128,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         kept: list[Tensor] = []
         for begin in range(0, targets.numel(), chunk):
             part = slice(begin, begin + chunk)
-            logits = logits_of(hidden[part], weight, total)
+            logits = _capped(logits_of(hidden[part], weight, total), cap)
             logits[:, real_rows:] = float("-inf")
             largest = logits.amax(dim=-1)
             columns, inside = _places(targets[part], first_row, weight.shape[0], total)
@@ -144,7 +152,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
             del logits  # else they would exist beside those of the next chunk
         whole = torch.cat(kept) if len(kept) > 1 else next(iter(kept), None)
         ctx.save_for_backward(hidden, weight, targets, log_sums, whole)
-        ctx.settings = first_row, real_rows, chunk, group, total
+        ctx.settings = first_row, real_rows, chunk, group, total, cap
         ctx.fused = weight if fused else None
         if log_squares is None:
             return log_probs
@@ -154,20 +162,25 @@ class _ChunkedLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor, *ignored: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]  # torch annotates any number
         hidden, weight, targets, log_sums, kept = ctx.saved_tensors
-        first_row, real_rows, chunk, group, total = ctx.settings
+        first_row, real_rows, chunk, group, total, cap = ctx.settings
         grad_hidden = torch.zeros(hidden.shape, dtype=total, device=hidden.device)
         grad_weight = None
         if ctx.needs_input_grad[1]:
             grad_weight = torch.empty_like(weight) if ctx.fused is None else ctx.fused.main_grad
         product = _write_product if ctx.fused is None else add_product
         computed = real_rows if targets.numel() else 0
-        share = chunk if kept is None else max(chunk // 2, 1)
+        share = chunk if kept is None and cap is None else max(chunk // 2, 1)
         size = block_size(len(hidden), hidden.shape[1], share, len(weight))
         for begin in range(0, computed, size):
             block = slice(begin, min(begin + size, computed))
             if kept is None:
-                rows = logits_of(hidden, weight[block], total).sub_(log_sums[:, None]).exp_().neg_()
+                rows = _capped(logits_of(hidden, weight[block], total), cap)
+                slopes = None if cap is None else (rows / cap).square_().neg_().add_(1)
+                rows.sub_(log_sums[:, None]).exp_().neg_()
                 rows.scatter_add_(1, *_places(targets, first_row + begin, rows.shape[1], total)).mul_(grad[:, None])
+                if slopes is not None:
+                    rows.mul_(slopes)
+                    del slopes
             else:
                 rows = kept[:, block] * grad[:, None]
             rows = rows.to(hidden.dtype)
@@ -184,7 +197,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
             grad_weight[computed:] = 0
         if group is not None:
             dist.all_reduce(grad_hidden, group=group)
-        return grad_hidden.to(hidden.dtype), grad_weight, *[None] * 8
+        return grad_hidden.to(hidden.dtype), grad_weight, *[None] * 9
 
 
 def _write_product(result: Tensor, a: Tensor, b: Tensor) -> None:
@@ -200,6 +213,7 @@ def response_log_probs(
     group: dist.ProcessGroup | None = None,
     fused: bool = False,
     squares: bool = False,
+    cap: float | None = None,
 ) -> Tensor:
     """Computes the log-probs of ``targets``.
 
@@ -213,6 +227,7 @@ def response_log_probs(
         fused: whether backward adds the weight's gradient to its ``main_grad``, DDP's sum in float32.
         squares: whether the result has a second row, without gradient: the logarithm of the sum over the vocabulary of
             the squared probabilities, at each target.
+        cap: of the logits, `fields.logit_cap`.
 
     Returns:
         [R] float32 (float64 for float64 inputs), nats; [2, R] with ``squares``.
@@ -221,9 +236,9 @@ def response_log_probs(
     first_row = rank * weight.shape[0]
     real_rows = max(0, min(weight.shape[0], vocab_size - first_row))
     differentiable = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    keeps = differentiable and is_kept(len(hidden), chunk_size, kept_dtype(hidden).itemsize)
+    keeps = differentiable and cap is None and is_kept(len(hidden), chunk_size, kept_dtype(hidden).itemsize)
     fused = fused and weight.requires_grad  # a frozen weight has no gradient, as with LoRA
-    settings = first_row, real_rows, chunk_size, group, fused, keeps, squares
+    settings = first_row, real_rows, chunk_size, group, fused, keeps, squares, cap
     scores = _ChunkedLogProbs.apply(hidden, weight, targets, *settings)
     return torch.stack(scores) if squares else scores
 
@@ -235,12 +250,17 @@ def segment_sums(log_probs: Tensor, segments: Tensor, count: int) -> Tensor:
 
 @torch.no_grad()
 def most_likely(
-    hidden: Tensor, weight: Tensor, vocab_size: int, chunk_size: int, group: dist.ProcessGroup | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    vocab_size: int,
+    chunk_size: int,
+    group: dist.ProcessGroup | None = None,
+    cap: float | None = None,
 ) -> Tensor:
     """Returns [R] int64, the token with the largest logit for each row of [R, H] ``hidden``; the lowest of equal ones.
 
     Args:
-        weight, vocab_size, chunk_size, group: see `response_log_probs`.
+        weight, vocab_size, chunk_size, group, cap: see `response_log_probs`. A cap makes large logits equal.
     """
     first_row = 0 if group is None else dist.get_rank(group) * weight.shape[0]
     real_rows = max(0, min(weight.shape[0], vocab_size - first_row))
@@ -248,7 +268,7 @@ def most_likely(
     tokens = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
     for begin in range(0, len(hidden), chunk_size):
         part = slice(begin, begin + chunk_size)
-        logits = logits_of(hidden[part], weight, total)
+        logits = _capped(logits_of(hidden[part], weight, total), cap)
         logits[:, real_rows:].fill_(float("-inf"))
         largest, places = logits.max(dim=-1)
         places += first_row

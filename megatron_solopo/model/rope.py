@@ -16,13 +16,14 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_solopo.errors import UserError
-from megatron_solopo.model.families.fields import check_number, rotary_dim
+from megatron_solopo.model.families.fields import check_number, of_layers, rotary_dim
 
 _ALWAYS = {"rope_type", "type", "rope_theta"}
 ROPE_FIELDS = {
     "default": _ALWAYS,
     "linear": _ALWAYS | {"factor"},
     "llama3": _ALWAYS | {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+    "proportional": _ALWAYS | {"factor", "partial_rotary_factor"},
     "yarn": _ALWAYS
     | {"factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"}
     | {"mscale", "mscale_all_dim", "truncate"},
@@ -53,7 +54,7 @@ class RotaryFrequencies(nn.Module):
     def __init__(self, hf_config: PretrainedConfig, windowed: bool = False) -> None:
         super().__init__()
         parameters = rope_of(hf_config, windowed)
-        inverse, self.attention_scaling = inverse_frequencies(hf_config, parameters)
+        inverse, self.attention_scaling = inverse_frequencies(of_layers(hf_config, windowed), parameters)
         # Not a parameter and not saved: the config defines it.
         self.register_buffer("inverse", inverse, persistent=False)
         self.beta = parameters.get("llama_4_scaling_beta")
@@ -97,7 +98,8 @@ def rope_of(hf_config: PretrainedConfig, windowed: bool = False) -> dict[str, An
 
 def rotated_channels(hf_config: PretrainedConfig) -> int:
     """Returns how many channels of a head, the first ones, are rotated."""
-    return int(rotary_dim(hf_config) * rope_of(hf_config).get("partial_rotary_factor", 1))
+    inverse, _ = inverse_frequencies(of_layers(hf_config, False), rope_of(hf_config))
+    return 2 * len(inverse)
 
 
 def check_rope(hf_config: PretrainedConfig, fields: frozenset[str]) -> None:
@@ -117,7 +119,7 @@ def check_rope(hf_config: PretrainedConfig, fields: frozenset[str]) -> None:
             "change the frequencies; remove the field if it does not",
         )
     for windowed in (False, True):
-        _check_parameters(hf_config, dict(rope_of(hf_config, windowed)), fields)
+        _check_parameters(of_layers(hf_config, windowed), dict(rope_of(hf_config, windowed)), fields)
 
 
 def _check_parameters(hf_config: PretrainedConfig, parameters: dict[str, Any], fields: frozenset[str]) -> None:

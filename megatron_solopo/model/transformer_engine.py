@@ -14,7 +14,7 @@ from megatron_solopo import environment
 from megatron_solopo.config import FP8_MULTIPLES, Config, flag
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.families.family import Family, Norms
-from megatron_solopo.model.families.fields import has_latents, head_dim, linear_layers, mlp_width
+from megatron_solopo.model.families.fields import has_latents, head_dim, linear_layers, mlp_width, of_layers
 from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.parallel.context import method_of
 from megatron_solopo.parallel.topology import expert_count
@@ -60,14 +60,15 @@ def check_widths(hf_config: PretrainedConfig, config: Config) -> None:
             "only; use portable",
         )
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    sizes = of_layers(hf_config, False)  # others in layers with a window are portable layers' only
     heads = {
-        "num_attention_heads": hf_config.num_attention_heads // tensor,
-        "num_key_value_heads": hf_config.num_key_value_heads // tensor,
+        "num_attention_heads": sizes.num_attention_heads // tensor,
+        "num_key_value_heads": sizes.num_key_value_heads // tensor,
     }
     method_of(context, parallel.cp_comm_type).check_heads(heads, context)
     if model.fp8_format is None:
         return
-    size = head_dim(hf_config)
+    size = head_dim(sizes)
     experts = expert_count(hf_config)
     expert_tensor = parallel.expert_tensor_parallel_size or tensor
     inner = getattr(hf_config, "moe_intermediate_size", None) if experts else None

@@ -13,7 +13,8 @@ class Kernels(Enum):
     CPU = auto()
     """torch's flash kernel for the CPU, without masks (`parallel.cpu_attention`)."""
     BLOCKS = auto()
-    """torch's scaled dot product attention on CUDA in 32 bits, one call for the pieces of each shape."""
+    """torch's scaled dot product attention on CUDA in 32 bits, and for heads beyond the flash kernel's in 16, one call
+    for the pieces of each shape."""
     PROMPTS = auto()
     """torch's scaled dot product attention for each prompt, on cuDNN or flash as torch prefers; one flash call for all
     completions."""
@@ -28,6 +29,13 @@ BACKENDS = {"auto": Kernels.PROMPTS, "fused": Kernels.CUDNN, "flash": Kernels.FL
 
 HEAD_DIMS = range(8, 257, 8)
 """head_dim of torch 2.11's flash kernel on CUDA (flash_attn/flash_api.cpp)."""
+
+
+def is_wide(size: int) -> bool:
+    """Whether heads are beyond the flash kernel's, and so of the memory-efficient kernel, which takes any multiple of 8
+    (mem_eff_attention/kernel_forward.h)."""
+    return size > HEAD_DIMS[-1] and size % HEAD_DIMS.step == 0
+
 
 PLANNED = Kernels.PROMPTS, Kernels.CUDNN
 """Kernels for which lengths of prompts are rounded up (`context.none`)."""

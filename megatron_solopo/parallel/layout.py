@@ -79,7 +79,8 @@ class BlockLayout(RankLayout):
         queries = select(query, self.queries).split(query_rows)
         keys = select(key, self.keys).split(key_rows)
         values = select(value, self.keys).split(key_rows)
-        outputs = [attend_block(*part, scale) for part in zip(self.blocks, queries, keys, values, strict=True)]
+        parts = zip(self.blocks, queries, keys, values, strict=True)
+        outputs = [attend_block(*part, scale, efficient=True) for part in parts]
         return select(torch.cat(outputs), self.order)
 
 
@@ -122,16 +123,23 @@ def select(x: Tensor, rows: Tensor | None) -> Tensor:
 
 
 def attend_block(
-    block: Block, query: Tensor, key: Tensor, value: Tensor, scale: float | None, cudnn_only: bool = False
+    block: Block,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float | None,
+    cudnn_only: bool = False,
+    efficient: bool = False,
 ) -> Tensor:
     """Computes a block's outputs, [count x queries, heads, head_dim].
 
     Args:
         cudnn_only: whether it may run on cuDNN alone, on CUDA in 16 bits.
+        efficient: whether it runs on the memory-efficient kernel there, as in 32 bits.
     """
     # Queries are the last positions of the keys; is_causal would align them with the first.
     mask = causal_lower_right(block.queries, block.keys) if block.keys > block.queries else None
-    backends = None if query.device.type == "cpu" else backends_of(query.dtype, cudnn_only)
+    backends = None if query.device.type == "cpu" else backends_of(query.dtype, cudnn_only, efficient)
     if backends == [SDPBackend.EFFICIENT_ATTENTION]:  # of torch 2.11 takes as many heads of keys as of queries
         key, value = (repeated(x, query.shape[1]) for x in (key, value))
 
@@ -156,10 +164,10 @@ def repeated(x: Tensor, heads: int) -> Tensor:
     return x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
-def backends_of(dtype: torch.dtype, cudnn_only: bool) -> list[SDPBackend]:
+def backends_of(dtype: torch.dtype, cudnn_only: bool, efficient: bool = False) -> list[SDPBackend]:
     """Returns the kernels of CUDA that hold no score matrix; float64 has none, and is for tests."""
     if dtype == torch.float64:
         return [SDPBackend.MATH]
-    if dtype == torch.float32:
+    if dtype == torch.float32 or efficient:
         return [SDPBackend.EFFICIENT_ATTENTION]
     return [SDPBackend.CUDNN_ATTENTION] if cudnn_only else [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]

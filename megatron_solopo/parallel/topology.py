@@ -174,9 +174,10 @@ def check_layout(hf_config: PretrainedConfig, config: Config, padded_vocab_size:
     shared = getattr(hf_config, "shared_expert_intermediate_size", 0)
     if count := getattr(hf_config, "n_shared_experts", None):
         shared = count * hf_config.moe_intermediate_size
+    layers = hf_config.per_layer_config if getattr(hf_config, "is_heterogeneous", False) else [hf_config]
     matrices = {
         "model's num_attention_heads": hf_config.num_attention_heads,
-        "model's num_key_value_heads": hf_config.num_key_value_heads,
+        "model's num_key_value_heads": math.gcd(*(layer.num_key_value_heads for layer in layers)),
         **({"model's intermediate_size": hf_config.intermediate_size} if has_mlp else {}),
         **({"shared experts' intermediate size": shared} if shared else {}),
         "padded vocabulary (--make-vocab-size-divisible-by)": padded_vocab_size,

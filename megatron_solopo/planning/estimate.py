@@ -27,16 +27,15 @@ KEPT_WIDTHS, KEPT_CHUNKS = 18, 5
 def attention_kept(process: Process) -> float:
     """Returns the bytes that the attention of a layer keeps for backward: rotated queries, the kernel's output and,
     without context parallelism, ``linear_proj``'s input (parallel/layout.py), keys and values, log-sum-exps; of norms
-    of heads their input (model/norm.py); in float32 keys and values of each piece for each query head. With latents
-    also these, and where values are narrower than keys always ``linear_proj``'s input."""
+    of heads their input (model/norm.py); in float32, and of wide heads, keys and values of each piece for each query
+    head. With latents also these, and where values are narrower than keys always ``linear_proj``'s input."""
     shape, e, t, tensor = process.shape, process.e, process.t, process.tensor
     projected = shape.values if process.context == 1 or shape.values != shape.queries else 0
     kept = t * (e * (2 * shape.queries + 2 * shape.keys + projected) + 4 * shape.heads) / tensor
     kept += e * process.s * shape.latents
     if shape.head_norms:
         kept += t * e * (shape.queries + shape.keys) / tensor
-    if process.repeats_keys:
-        kept += 2 * e * process.work.key_rows * shape.queries / tensor
+    kept += 2 * e * process.work.key_rows * process.repeated_keys / tensor
     return (1 - shape.recurrent) * kept + shape.recurrent * recurrent_kept(process)
 
 
@@ -218,9 +217,10 @@ def head(process: Process) -> dict[str, float]:
     trained = process.config.model.lora_rank is None
     chunk = process.config.model.logprob_chunk_size or chunk_size(rows, on_cuda=True)
     tokens = math.ceil(process.work.predicted / process.context)
-    keeps = is_kept(tokens, chunk, e)
+    keeps = is_kept(tokens, chunk, e) and not shape.capped
     kept = e * tokens * rows if keeps else 0
-    block = min(block_size(tokens, shape.hidden, max(chunk // 2, 1) if keeps else chunk, rows), rows) * tokens
+    part = max(chunk // 2, 1) if keeps or shape.capped else chunk
+    block = min(block_size(tokens, shape.hidden, part, rows), rows) * tokens * (1 + shape.capped)
     backward = 6 * block if e == 2 else 4 * (block + trained * rows * shape.hidden)
     forward = 4 * min(chunk, tokens) * rows
     return {
@@ -246,11 +246,12 @@ def peak(process: Process, stage: int) -> Moment:
     model, layers = process.config.model, process.sizes[stage] // process.chunks
     if process.recomputed(stage) == layers:
         together = model.recompute_num_layers if layers > 1 else 1
-        there = attention_results(process) if model.recompute_keep else 0.0
+        largest = process.of_largest_layer
+        there = attention_results(largest) if model.recompute_keep else 0.0
         state = process.e * process.shape.hidden * process.s  # the chunk's input is among what is held
-        alone = {WORKING: min(together, layers) * (kept(process) - there) - state}
+        alone = {WORKING: min(together, layers) * (kept(largest) - there) - state}
     moments = {
-        "backward": (held, alone, backward_of_layer(process)),
+        "backward": (held, alone, backward_of_layer(process.of_largest_layer)),
         "update": ({WORKING: norm_of_gradients(process, stage)},),
     }
     if stage == process.stages - 1:

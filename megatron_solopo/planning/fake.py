@@ -32,6 +32,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from megatron_solopo.parallel import cpu_shim
+from megatron_solopo.parallel.kernels import is_wide
 from megatron_solopo.parallel.platform import Platform, end_model_parallel
 
 IS_CUDA: Any = vars(torch._C.TensorBase)["is_cuda"].__get__
@@ -383,10 +384,10 @@ def _attention(
 ) -> Tensor:
     """The kernel that `F.scaled_dot_product_attention` and `CausalBias` take on a GPU of compute capability 8 or more,
     whose properties C++ would ask: flash attention (cuDNN's holds as much) for 16 bits, the memory-efficient one for
-    float32."""
+    float32 and wide heads."""
     operators = torch.ops.aten
     causal = is_causal or attn_mask is not None
-    if query.dtype in (torch.bfloat16, torch.float16):
+    if query.dtype in (torch.bfloat16, torch.float16) and not is_wide(query.shape[-1]):
         return operators._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, False, scale=scale)[0]
     assert query.shape[1] == key.shape[1], "with fewer heads of keys torch would hold the scores of all with all"
     return operators._scaled_dot_product_efficient_attention(

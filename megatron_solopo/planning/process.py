@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PretrainedConfig
 
 from megatron_solopo.config import Config
 from megatron_solopo.data.tokenized.batches import FULL_ATTENTION, attention_cost
 from megatron_solopo.data.tokenized.tokens import TokenGroup
-from megatron_solopo.model.cost import attention_weights, latents, whole_attention_weights
+from megatron_solopo.model.cost import (
+    attention_weights,
+    key_widths,
+    latents,
+    mean_width,
+    query_widths,
+    whole_attention_weights,
+)
 from megatron_solopo.model.families.family import Norms
-from megatron_solopo.model.families.fields import head_dim, linear_layers, mlp_width, value_dim
+from megatron_solopo.model.families.fields import (
+    each_layer,
+    has_latents,
+    head_dim,
+    linear_layers,
+    logit_cap,
+    mlp_width,
+    value_dim,
+)
 from megatron_solopo.model.families.projections import projections_of
 from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.model.hf_config import padded_vocab_size
 from megatron_solopo.model.tiles import tiles_of
 from megatron_solopo.pack import Windows
+from megatron_solopo.parallel.kernels import is_wide
 from megatron_solopo.parallel.topology import data_parallel_size, stage_sizes
 from megatron_solopo.planning.table import stages_that_matter
 
@@ -27,7 +44,8 @@ class Shape:
     """The sizes of a model.
 
     Attributes:
-        queries, keys: widths of queries and of keys (as of values), of all heads.
+        queries, keys: widths of queries and of keys (as of values), of all heads, the mean over the layers, as of
+            `head_dim`.
         attention: weights of the matrices of a layer's attention, the mean over the layers.
         whole: those of `attention` that each tensor-parallel rank has whole, and norms of latents.
         values: width of what attention makes of values, of all query heads; with latents kernels compute that of
@@ -48,6 +66,9 @@ class Shape:
         norms: of a layer, over the residual stream's width.
         head_norms: whether each head of queries and keys has a norm.
         tied: whether the output weight is the embedding.
+        capped: whether logits have a cap.
+        wide: width of the queries of heads beyond the flash kernel's, of all heads, the mean over the layers.
+        largest: the sizes with those of the layer of the widest queries in the place of means; None: layers are alike.
     """
 
     layers: int
@@ -78,15 +99,18 @@ class Shape:
     shared: int = 0
     first: int = 0
     first_ffn: int = 0
+    capped: bool = False
+    wide: int = 0
+    largest: Shape | None = None
 
     @classmethod
     def of(cls, hf_config: PretrainedConfig, vocabulary_divisible_by: int) -> Shape:
-        family, size = family_of(hf_config), head_dim(hf_config)
+        family, sizes = family_of(hf_config), [head_dim(layer) for layer in each_layer(hf_config)]
         options = family.transformer_options(hf_config)
         ffn = options.get("moe_ffn_hidden_size", mlp_width(hf_config))
         linear = linear_layers(hf_config)
-        queries, keys = size * hf_config.num_attention_heads, size * hf_config.num_key_value_heads
-        return cls(
+        queries, keys = mean_width(query_widths(hf_config)), mean_width(key_widths(hf_config))
+        shape = cls(
             layers=hf_config.num_hidden_layers,
             hidden=hf_config.hidden_size,
             heads=hf_config.num_attention_heads,
@@ -101,11 +125,11 @@ class Shape:
             + hf_config.num_attention_heads * (options.get("softmax_type") == "learnable")
             + sum(latents(hf_config)),
             head_norms=bool(options.get("qk_layernorm")),
-            head_dim=size,
+            head_dim=mean_width(sizes),
             tied=hf_config.tie_word_embeddings,
             attention=attention_weights(hf_config),
             whole=whole_attention_weights(hf_config) + sum(latents(hf_config)),
-            values=value_dim(hf_config) * hf_config.num_attention_heads,
+            values=value_dim(hf_config) * hf_config.num_attention_heads if has_latents(hf_config) else queries,
             latents=whole_attention_weights(hf_config) // hf_config.hidden_size,
             recurrent=sum(linear) / len(linear),
             recurrent_heads=getattr(hf_config, "linear_num_value_heads", 0),
@@ -118,7 +142,15 @@ class Shape:
             shared=options.get("moe_shared_expert_intermediate_size", 0),
             first=options.get("moe_layer_freq", [1]).count(0),
             first_ffn=mlp_width(hf_config),
+            capped=logit_cap(hf_config) is not None,
+            wide=mean_width([width * is_wide(of) for width, of in zip(query_widths(hf_config), sizes, strict=True)]),
         )
+        if len({*sizes}) == 1:
+            return shape
+        size, keys = max(zip(sizes, key_widths(hf_config), strict=True))
+        queries = size * shape.heads
+        of_largest = replace(shape, queries=queries, keys=keys, values=queries, wide=queries * is_wide(size))
+        return replace(shape, largest=of_largest)
 
 
 @dataclass(frozen=True)
@@ -191,8 +223,21 @@ class Process:
         self.scores = config.method.reference == "resident"  # the reference's forward pass in each step
         tiles = config.model.mlp_tiles
         self.tiles = tiles_of(tiles, self.t, shape.hidden) if tiles else 0
-        # torch's kernel for float32 takes as many heads of keys as of queries (parallel/layout.py)
-        self.repeats_keys = self.e == 4 and shape.queries != shape.keys and self.context == 1
+
+    @property
+    def of_largest_layer(self) -> Process:
+        """The process with `Shape.largest`."""
+        largest = copy.copy(self)
+        largest.shape = self.shape.largest or self.shape
+        return largest
+
+    @property
+    def repeated_keys(self) -> int:
+        """Returns the width of keys that are repeated for each query head: torch's kernel for float32 and wide heads
+        takes as many heads of keys as of queries (parallel/layout.py)."""
+        if self.shape.queries == self.shape.keys or self.context > 1:
+            return 0
+        return self.shape.queries if self.e == 4 else self.shape.wide
 
     def in_flight(self, stage: int) -> int:
         """Returns how many passes of packs through a chunk wait for their backward pass at most (schedules.py of

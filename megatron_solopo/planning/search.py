@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from megatron_solopo.config import Config, ParallelConfig
 from megatron_solopo.config_checks import check, check_on_cuda
 from megatron_solopo.errors import UserError
+from megatron_solopo.model.hf_config import check_attention_on_cuda
 from megatron_solopo.parallel import context
 from megatron_solopo.parallel.topology import data_parallel_size, expert_count
 from megatron_solopo.planning.candidate import Candidate, Request
@@ -127,6 +128,7 @@ def search(request: Request) -> SearchResult:
         try:
             check(config)
             check_on_cuda(config)
+            check_attention_on_cuda(request.hf_config, config)
             check_cut(request.hf_config, config, request.gpus)
         except UserError as error:
             refused[error.message] += 1

@@ -27,6 +27,7 @@ from megatron_solopo.conversion.adapters import start_adapters
 from megatron_solopo.conversion.random_start import draw_start
 from megatron_solopo.conversion.start import load_start
 from megatron_solopo.model.build import build_model, offload_activations, rotary_frequencies
+from megatron_solopo.model.families.fields import logit_cap
 from megatron_solopo.model.forward import LogProbHead
 from megatron_solopo.model.hf_config import padded_vocab_size
 from megatron_solopo.model.log_probs import chunk_size
@@ -223,7 +224,7 @@ def build_engine(
     chunk = config.model.logprob_chunk_size
     if chunk is None:
         chunk = chunk_size(rows // parallel.tensor_model_parallel_size, platform.name == "cuda")
-    head = LogProbHead(hf_config.vocab_size, chunk, frequencies)
+    head = LogProbHead(hf_config.vocab_size, chunk, frequencies, logit_cap(hf_config))
     offload = offload_activations(models) if config.model.activation_offload else None
     if platform.return_pages is not None:
         return_pages_after_layers(models, platform.return_pages)

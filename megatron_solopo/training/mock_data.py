@@ -111,7 +111,7 @@ def _write_model(config_file: Path, folder: Path) -> None:
     for name, most in (experts | ones | {"num_experts_per_tok": 2}).items():
         if fields.get(name):
             fields[name] = min(fields[name], most)
-    if "moe_intermediate_size" in fields:
+    if fields.get("moe_intermediate_size"):
         fields["moe_intermediate_size"] = FFN // 2
     if "kv_lora_rank" in fields:
         fields |= dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), HEAD)
@@ -120,9 +120,12 @@ def _write_model(config_file: Path, folder: Path) -> None:
         repeats = max(1, fields["linear_num_value_heads"] // fields["linear_num_key_heads"])
         fields |= dict(linear_num_key_heads=2, linear_num_value_heads=2 * repeats)
         fields |= dict(linear_key_head_dim=HEAD, linear_value_head_dim=HEAD, full_attention_interval=LAYERS)
+    if fields.keys() & {"global_head_dim", "per_layer_config"}:
+        fields |= dict(global_head_dim=2 * HEAD, num_global_key_value_heads=2)
     if "shared_expert_intermediate_size" in fields:
         fields["shared_expert_intermediate_size"] = FFN // 2
-    for name in ("layer_types", "mlp_layer_types", "qk_head_dim", "bos_token_id", "eos_token_id", "pad_token_id"):
+    unfit = ("layer_types", "mlp_layer_types", "per_layer_config", "qk_head_dim")
+    for name in (*unfit, "bos_token_id", "eos_token_id", "pad_token_id"):
         fields.pop(name, None)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(fields), encoding="utf-8")

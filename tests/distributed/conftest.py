@@ -26,6 +26,7 @@ from transformers import (
     DeepseekV2Config,
     DeepseekV3Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     Glm4Config,
     Glm4MoeConfig,
     GptOssConfig,
@@ -65,6 +66,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     by_layer = dict(sliding_window=9, layer_types=["sliding_attention", "full_attention"])
     gemma3 = Gemma3TextConfig(**SHAPE, **by_layer, head_dim=16, query_pre_attn_scalar=20, pad_token_id=None)
     write_model(folder / "gemma3", gemma3, seed=8)
+    gemma4 = dict(hidden_size_per_layer_input=0, attention_k_eq_v=True, final_logit_softcapping=1.5)
+    gemma4 |= dict(head_dim=16, global_head_dim=24, pad_token_id=None)
+    write_model(folder / "gemma4", Gemma4TextConfig(**SHAPE, **by_layer, **gemma4), seed=20)
     write_model(folder / "glm4", Glm4Config(**SHAPE, head_dim=16, pad_token_id=None), seed=9)
     write_model(folder / "phi3", Phi3Config(**SHAPE, sliding_window=7, pad_token_id=None), seed=10)
     olmo3 = Olmo3Config(**SHAPE, **by_layer, pad_token_id=None)

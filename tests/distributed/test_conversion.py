@@ -13,6 +13,7 @@ from tiny_models import EXPERTS, LATENT, QWEN3_MOE, WIDE, write_model
 from transformers import (
     DeepseekV3Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     Glm4Config,
     Glm4MoeConfig,
     LlamaConfig,
@@ -34,6 +35,14 @@ DENSE_MODELS: dict[str, Any] = {
     "qwen3": Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=True),
     "qwen2-tied": Qwen2Config(**SHAPE, tie_word_embeddings=True),
     "gemma3": Gemma3TextConfig(**SHAPE, head_dim=16, pad_token_id=0),
+    "gemma4": Gemma4TextConfig(
+        **SHAPE,
+        head_dim=16,
+        global_head_dim=24,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        hidden_size_per_layer_input=0,
+        attention_k_eq_v=True,
+    ),
     "glm4": Glm4Config(**SHAPE, head_dim=16, pad_token_id=0),
     "olmo3": Olmo3Config(**SHAPE, pad_token_id=0),
     "phi3": Phi3Config(**SHAPE, pad_token_id=0),

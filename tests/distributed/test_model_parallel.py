@@ -26,10 +26,11 @@ PLANS = [
     ("float64", "orpo", "llama", "by-two", "many"),
     ("float64", "orpo", "qwen2", "by-two", "seven"),  # tied embeddings, biases
     # Windows of one layer and of all, RoPE by layer and on some channels, norms on both sides and behind,
-    # norms over all heads, fused projections, a layer without RoPE, queries scaled by position.
-    *(("float64", "dpo", model, "by-two", "seven") for model in ("gemma3", "glm4", "olmo3", "phi3")),
+    # norms over all heads, fused projections, a layer without RoPE, queries scaled by position, heads of two sizes.
+    *(("float64", "dpo", model, "by-two", "seven") for model in ("gemma3", "gemma4", "glm4", "olmo3", "phi3")),
     *(("float64", "dpo", model, "by-two", "seven") for model in ("smollm3", "ministral3")),
     *(("float64", "dpo", "gemma3", layout, "seven") for layout in ("separate", "recompute-keep")),
+    ("float64", "dpo", "gemma4", "recompute-keep", "seven"),
     ("float32", "dpo", "llama", "by-two", "seven"),
     ("float32", "orpo", "qwen2", "by-two", "seven"),
     ("float32", "orpo", "qwen2", "tiles-recompute", "seven"),

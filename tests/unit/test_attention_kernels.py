@@ -15,9 +15,9 @@ from refusals import refused
 from test_context_parallel import Calls
 from tiny_models import SHAPE
 from torch.nn.attention import SDPBackend, current_flash_attention_impl, restore_flash_attention_impl
-from transformers import LlamaConfig
+from transformers import Gemma4TextConfig, LlamaConfig
 
-from megatron_solopo.config import Config, ModelConfig
+from megatron_solopo.config import Config, ModelConfig, ParallelConfig
 from megatron_solopo.model.hf_config import check_attention_on_cuda
 from megatron_solopo.pack import Piece
 from megatron_solopo.parallel import flash
@@ -50,7 +50,7 @@ def test_kernels_of_an_option(arguments: Any, kernels: Kernels, layout: type[Ran
     method = method_of(1, "all_gather")
     result = method.layout(PIECES, 0, 1, None, kernels)
     assert type(result) is layout
-    if kernels not in (Kernels.CPU, Kernels.BLOCKS):  # a window in 32 bits on CUDA is refused
+    if kernels is not Kernels.CPU:
         windowed = method.layout(PIECES, 0, 1, None, kernels, window=4)
         assert isinstance(windowed, SequenceLayout) and windowed.window == 4
     if isinstance(result, PromptLayout):
@@ -68,15 +68,18 @@ def test_no_kernel_that_holds_all_scores() -> None:
     assert backends_of(torch.bfloat16, False) == [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
     assert backends_of(torch.bfloat16, True) == [SDPBackend.CUDNN_ATTENTION]
     assert backends_of(torch.float32, False) == [SDPBackend.EFFICIENT_ATTENTION]
+    assert backends_of(torch.bfloat16, False, True) == [SDPBackend.EFFICIENT_ATTENTION]
 
 
-def test_heads_are_repeated_in_float32_on_cuda() -> None:
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 16), (torch.bfloat16, 512)])
+def test_heads_are_repeated_in_float32_and_wide_ones_on_cuda(dtype: torch.dtype, size: int) -> None:
     """torch's memory-efficient kernel has no grouped heads, and would leave them to the one that holds all scores."""
     with fake.rehearsal("cuda", 0, 1) as rehearsal, rehearsal.mode:
         from megatron_solopo.model import forward
 
         with Calls("_scaled_dot_product_efficient_attention") as calls:
-            inputs = [torch.zeros(270, heads, 16, device="cuda", requires_grad=True) for heads in (4, 2, 2)]
+            options: dict[str, Any] = dict(device="cuda", dtype=dtype, requires_grad=True)
+            inputs = [torch.zeros(270, heads, size, **options) for heads in (4, 2, 2)]
             layout = forward.on_device(block_layout(PIECES), rehearsal.platform.device)
             layout.attend(*inputs, None).sum().backward()
         assert [x.grad.shape for x in inputs] == [x.shape for x in inputs]
@@ -93,11 +96,33 @@ def test_heads_are_repeated_in_float32_on_cuda() -> None:
 def test_head_dims_of_the_flash_kernel(size: int) -> None:
     hf_config = LlamaConfig(**SHAPE | dict(head_dim=size))
     check_attention_on_cuda(hf_config, Config())
-    if size in (12, 264):
-        with refused("attention-unsupported", f"head_dim {size}: ", "--bf16"):
+    if size == 12:
+        with refused("attention-unsupported", f"head_dim {size}: ", "leave --bf16 out"):
             check_attention_on_cuda(hf_config, Config(model=ModelConfig(bf16=True)))
     else:
         check_attention_on_cuda(hf_config, Config(model=ModelConfig(bf16=True)))
+
+
+@pytest.mark.parametrize(
+    ("model", "parallel", "fields", "remedy"),
+    [
+        ({}, {}, {}, None),
+        ({"attention_backend": "flash"}, {}, {}, "use --attention-backend auto"),
+        ({}, {"context_parallel_size": 2}, {}, "use --context-parallel-size 1"),
+        ({}, {}, {"head_dim": 264}, "leave --bf16 out"),
+    ],
+)
+def test_wide_heads_are_the_memory_efficient_kernels(
+    model: dict[str, Any], parallel: dict[str, Any], fields: dict[str, Any], remedy: str | None
+) -> None:
+    """512 channels in layers without a window; a window is the flash kernel's, whatever the size."""
+    config = Config(model=ModelConfig(bf16=True, **model), parallel=ParallelConfig(**parallel))
+    hf_config = Gemma4TextConfig(**SHAPE | {"hidden_size_per_layer_input": 0} | fields)
+    if remedy is None:
+        check_attention_on_cuda(hf_config, config)
+    else:
+        with refused("attention-unsupported", f"head_dim {fields.get('head_dim', 512)}: ", "up to 256", remedy):
+            check_attention_on_cuda(hf_config, config)
 
 
 @pytest.fixture
@@ -136,6 +161,7 @@ def test_a_broken_wheel_stops_no_run(wheel: Path) -> None:
         ({"window_size": (7, 0)}, SDPBackend.CUDNN_ATTENTION, "layers with a window in one call of torch's flash"),
         ({"context_parallel_size": 2}, None, "torch's flash kernel (FA2), one call for all sequences"),
         ({"params_dtype": torch.float32}, None, "memory-efficient"),
+        ({"kv_channels": 512, "window_size": (7, 0)}, None, "query head; layers with a window in one call of torch's"),
         ({"transformer_impl": "transformer_engine", "attention_backend": "fused"}, None, "Transformer Engine, fused"),
         ({"attention_backend": "fused"}, SDPBackend.ERROR, None),
     ],

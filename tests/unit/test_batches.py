@@ -9,14 +9,14 @@ from types import SimpleNamespace
 import pytest
 from segment_names import prompt_of
 from tiny_models import SHAPE
-from transformers import LlamaConfig, Qwen2Config, Qwen3MoeConfig
+from transformers import Gemma4TextConfig, LlamaConfig, Qwen2Config, Qwen3MoeConfig
 
 from megatron_solopo.benchmark.flops import flops_of
 from megatron_solopo.config import Config
 from megatron_solopo.data.tokenized.batches import _order, attention_cost, make_schedule, plan
 from megatron_solopo.data.tokenized.packs import build_pack
 from megatron_solopo.data.tokenized.tokens import TokenGroup
-from megatron_solopo.model.cost import width_of_cost, windows_of
+from megatron_solopo.model.cost import attention_weights, width_of_cost, windows_of
 from megatron_solopo.pack import Windows
 from megatron_solopo.planning import cost
 from megatron_solopo.planning.operators import windowed_pairs
@@ -216,3 +216,19 @@ def test_a_models_windows_are_a_share_of_its_layers():
     full = flops_of(Qwen2Config(**shape), [(100, 0), (10, 100)], 0).attention
     inside, all_pairs = sum(min(i + 1, 32) for i in range(110)), 110 * 111 // 2
     assert attention / full == (inside * 3 + all_pairs) / (4 * all_pairs)
+
+
+def test_layers_with_heads_of_their_own_count_with_them():
+    """Three layers with a window and heads of 16, and one of 48 whose only key head is its value head too."""
+    hf_config = Gemma4TextConfig(
+        **SHAPE
+        | dict(num_hidden_layers=4, sliding_window=32, layer_types=["sliding_attention"] * 3 + ["full_attention"]),
+        **dict(head_dim=16, global_head_dim=48, num_global_key_value_heads=1, attention_k_eq_v=True),
+        hidden_size_per_layer_input=0,
+    )
+    assert windows_of(hf_config) == Windows(32, 0.5)
+    weights = 3 * (2 * 4 * 16 + 2 * 2 * 16) + 2 * 4 * 48 + 48
+    assert attention_weights(hf_config) == SHAPE["hidden_size"] * weights // 4
+    inside, all_pairs = sum(min(i + 1, 32) for i in range(110)), 110 * 111 // 2
+    attention = flops_of(hf_config, [(100, 0), (10, 100)], 0).attention
+    assert attention == 3 * 4 * 4 * (3 * 16 * inside + 48 * all_pairs)

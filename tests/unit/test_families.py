@@ -21,6 +21,7 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     Gemma4TextConfig,
+    Gemma4UnifiedTextConfig,
     Glm4Config,
     Glm4MoeConfig,
     Glm4MoeLiteConfig,
@@ -52,12 +53,13 @@ from megatron_solopo.model.rope import rope_of
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
 KINDS: tuple[type[PretrainedConfig], ...] = (
-    *(Gemma3TextConfig, GlmConfig, Glm4Config, Glm4MoeConfig, GptOssConfig, LlamaConfig),
-    *(MinistralConfig, Ministral3Config, MistralConfig),
+    *(Gemma3TextConfig, Gemma4TextConfig, Gemma4UnifiedTextConfig, GlmConfig, Glm4Config, Glm4MoeConfig),
+    *(GptOssConfig, LlamaConfig, MinistralConfig, Ministral3Config, MistralConfig),
     *(MixtralConfig, Olmo2Config, Olmo3Config, Phi3Config, Qwen2Config, Qwen3Config, Qwen3MoeConfig, SmolLM3Config),
     *(Qwen3_5TextConfig, Qwen3_5MoeTextConfig, Qwen3NextConfig),
     *(DeepseekV2Config, DeepseekV3Config, Glm4MoeLiteConfig),
 )
+GEMMA4_KINDS = (Gemma4TextConfig, Gemma4UnifiedTextConfig)
 LATENT_KINDS = (DeepseekV2Config, DeepseekV3Config, Glm4MoeLiteConfig)
 RECURRENT_KINDS = (Qwen3_5TextConfig, Qwen3_5MoeTextConfig, Qwen3NextConfig)
 EXPERT_FIELDS = EXPERTS | QWEN3_MOE
@@ -71,6 +73,8 @@ def small(kind: type[PretrainedConfig], **fields: Any) -> PretrainedConfig:
     if kind in LATENT_KINDS:
         experts = LATENT | ({} if kind is DeepseekV2Config else {"n_group": 1, "topk_group": 1})
         experts |= {} if kind is Glm4MoeLiteConfig else {"first_k_dense_replace": 1}
+    if kind is Gemma4TextConfig:
+        experts = {"hidden_size_per_layer_input": 0}
     return kind(**(SHAPE | experts | {"pad_token_id": 0} | fields))
 
 
@@ -95,6 +99,7 @@ UNSUPPORTED = {"hidden_act", "attention_dropout", "per_layer_config"}
 SUPPORTED = {
     "partial_rotary_factor": (GlmConfig, Glm4Config, Glm4MoeConfig, Phi3Config, *RECURRENT_KINDS),
     "no_rope_layers": (SmolLM3Config,),
+    "final_logit_softcapping": GEMMA4_KINDS,
 }
 """Fields of `REFUSED` that some families have."""
 
@@ -176,6 +181,8 @@ def test_other_numbers_that_mean_nothing_are_refused_by_name(field: str, value: 
         (LlamaConfig, "rope_parameters", {"rope_type": "default", "rope_theta": None}, ["rope_theta = None "]),
         (SmolLM3Config, "no_rope_layers", [1, 2], ["no_rope_layers = [1, 2] "]),
         (Gemma3TextConfig, "query_pre_attn_scalar", 0, ["query_pre_attn_scalar = 0 ", "above 0"]),
+        (Gemma4TextConfig, "final_logit_softcapping", 0.0, ["final_logit_softcapping = 0.0 ", "above 0"]),
+        (Gemma4TextConfig, "per_layer_config", {1: {"num_key_value_heads": 3}}, ["num_key_value_heads = 3"]),
         (Glm4MoeConfig, "num_local_experts", 0, ["n_routed_experts = 0 ", "at least 1"]),
         (Glm4MoeConfig, "n_group", 3, ["n_group = 3 ", "4 experts"]),
         (Glm4MoeConfig, "n_group", 4, ["n_group = 4 ", "at least 2"]),
@@ -237,16 +244,19 @@ IN_THE_WILD: dict[str, Any] = {
 def test_fields_of_published_configs_pass(kind: type[PretrainedConfig], tmp_path: Path) -> None:
     from megatron_solopo.model.hf_config import check_length, read_hf_config
 
-    document = small(kind).to_dict() | {"rope_theta": 500000} | IN_THE_WILD
+    rope = {} if kind in GEMMA4_KINDS else {"rope_theta": 500000}  # for which they have no such field
+    document = small(kind).to_dict() | rope | IN_THE_WILD
     document.pop("rope_parameters")
-    by_layer = kind in (Gemma3TextConfig, GptOssConfig, MinistralConfig, Olmo3Config)
+    by_layer = kind in (*GEMMA4_KINDS, Gemma3TextConfig, GptOssConfig, MinistralConfig, Olmo3Config)
     if by_layer:  # which have no such field
         document.pop("use_sliding_window")
+    if not rope:  # of which transformers would make rope_parameters
+        document.pop("rope_scaling")
     (tmp_path / "config.json").write_text(json.dumps(document))
     hf_config = read_hf_config(tmp_path)
     assert family_of(hf_config).model_type == kind.model_type
     assert attention_window(hf_config) == (4096 if by_layer else None)
-    assert rope_of(hf_config)["rope_theta"] == (1e6 if kind is Ministral3Config else 500000)  # it has another default
+    assert rope_of(hf_config)["rope_theta"] == (1e6 if not rope or kind is Ministral3Config else 500000)
     check_length(hf_config, SHAPE["max_position_embeddings"])
 
 
@@ -258,6 +268,8 @@ def test_every_field_of_transformers_is_classified(kind: type[PretrainedConfig])
     refused = {"attention_bias", "mlp_bias", "attention_dropout", "router_jitter_noise", "mlp_only_layers"}
     refused |= {"embd_pdrop", "resid_pdrop"}  # Phi3's
     refused |= {"attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"}  # Gemma3's
+    if kind is Gemma4TextConfig:  # without enable_moe_block, which is refused too
+        refused |= {"num_experts", "top_k_experts", "moe_intermediate_size"}
     of_base = {field.name for field in dataclasses.fields(PretrainedConfig)}
     declared = {field.name for field in dataclasses.fields(kind)} - of_base
     assert {name for name in declared if not name.endswith(HARMLESS_ENDINGS)} <= known | refused
@@ -275,11 +287,27 @@ def test_an_unknown_architecture_is_refused_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "reason"), [(Gemma2Config, "attn_logit_softcapping"), (Gemma4TextConfig, "512 channels")]
+    ("field", "value", "part"),
+    [
+        ("hidden_size_per_layer_input", 256, "embeddings for each layer"),
+        ("num_kv_shared_layers", 1, "another layer's keys"),
+        ("enable_moe_block", True, "experts"),
+        ("use_bidirectional_attention", "all", "only None is"),
+        ("per_layer_config", {0: {"head_dim": 16}}, "between those with a window and others"),
+        ("per_layer_config", {1: {"head_dim": 16, "skip": ["mlp"]}}, "skip)"),
+    ],
 )
-def test_a_known_architecture_is_refused_with_its_reason(kind: type[PretrainedConfig], reason: str) -> None:
-    with refused("model-type-unsupported", f"{kind.model_type!r} is not supported, because ", reason):
-        family_of(kind())
+def test_other_models_of_gemma_4_are_refused_by_name(field: str, value: Any, part: str) -> None:
+    layers = [SLIDING, SLIDING, FULL]
+    family_of(small(Gemma4TextConfig, num_hidden_layers=3, layer_types=layers, attention_k_eq_v=True))
+    hf_config = small(Gemma4TextConfig, **{"num_hidden_layers": 3, "layer_types": layers, field: value})
+    with refused("model-field-unsupported", f"config.json: {field} ", part):
+        family_of(hf_config)
+
+
+def test_a_known_architecture_is_refused_with_its_reason() -> None:
+    with refused("model-type-unsupported", "'gemma2' is not supported, because ", "attn_logit_softcapping"):
+        family_of(Gemma2Config())
 
 
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -341,7 +369,7 @@ def test_a_window_that_no_kernel_of_cuda_computes_is_refused(
         check_attention_on_cuda(hf_config, config)
 
 
-@pytest.mark.parametrize("kind", [Glm4Config, Gemma3TextConfig, Olmo2Config])
+@pytest.mark.parametrize("kind", [Glm4Config, Gemma3TextConfig, Gemma4TextConfig, Olmo2Config])
 def test_norms_behind_the_parts_are_portable_and_untiled(kind: type[PretrainedConfig]) -> None:
     from megatron_solopo.model.tiles import check_tiles
     from megatron_solopo.model.transformer_engine import check_widths
@@ -503,6 +531,7 @@ def test_real_shapes_have_their_parameters(engine: Any, solopo_data: Path, name:
     ("kind", "billions"),
     [
         *[(SmolLM3Config, 3.075), (Phi3Config, 3.821), (Glm4Config, 9.4), (Gemma3TextConfig, None)],
+        *[(partial(Gemma4TextConfig, hidden_size_per_layer_input=0, attention_k_eq_v=True), None)],
         *[(Olmo3Config, None), (partial(GptOssConfig, num_hidden_layers=24, num_local_experts=32), 20.915)],
         *[(Qwen3_5TextConfig, None), (Qwen3_5MoeTextConfig, None), (Qwen3NextConfig, None)],
         (partial(DeepseekV2Config, **DEEPSEEK_V2_LITE), 15.706),

@@ -21,17 +21,20 @@ def draw(tokens=TOKENS, hidden=HIDDEN, real=VOCABULARY, rows=PADDED, dtype=torch
     return states, weight, torch.randint(0, real, (tokens,), generator=g)
 
 
-def whole(states, weight, targets, real=VOCABULARY):
+def whole(states, weight, targets, real=VOCABULARY, cap=None):
     """The same through one logits tensor, padding rows cut off."""
-    return (states @ weight[:real].t()).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    logits = states @ weight[:real].t()
+    logits = logits if cap is None else cap * (logits / cap).tanh()
+    return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
 
+@pytest.mark.parametrize("cap", [None, 1.5])
 @pytest.mark.parametrize("chunk", [1, 3, 4, 11, 64])
-def test_value_and_gradient_equal_log_softmax(chunk):
+def test_value_and_gradient_equal_log_softmax(chunk, cap):
     states, weight, targets = draw()
     factors = torch.linspace(-2, 3, TOKENS, dtype=torch.float64)
-    ours = response_log_probs(states, weight, targets, VOCABULARY, chunk)
-    theirs = whole(states, weight, targets)
+    ours = response_log_probs(states, weight, targets, VOCABULARY, chunk, cap=cap)
+    theirs = whole(states, weight, targets, cap=cap)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     for mine, other in zip(
         torch.autograd.grad((ours * factors).sum(), (states, weight)),
@@ -179,16 +182,17 @@ CHUNK, ROWS, WIDTH = 256, 32_000, 512
 @pytest.mark.parametrize("tokens", [200, 256, 511, 600, 4000])
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
 @pytest.mark.parametrize(
-    ("device", "dtype", "fused"),
+    ("device", "dtype", "fused", "cap"),
     [
-        ("cpu", torch.float32, False),
-        ("cpu", torch.bfloat16, False),
-        ("cuda", torch.float32, False),
-        ("cuda", torch.bfloat16, False),
-        ("cuda", torch.bfloat16, True),
+        ("cpu", torch.float32, False, None),
+        ("cpu", torch.bfloat16, False, None),
+        ("cuda", torch.float32, False, None),
+        ("cuda", torch.bfloat16, False, None),
+        ("cuda", torch.bfloat16, True, None),
+        ("cuda", torch.bfloat16, True, 30.0),
     ],
 )
-def test_the_head_needs_two_chunks_and_a_gradient(tokens, tensor_parallel, device, dtype, fused):
+def test_the_head_needs_two_chunks_and_a_gradient(tokens, tensor_parallel, device, dtype, fused, cap):
     """At most 2 x chunk x V / tp x 4 bytes, and the weight's gradient in its dtype where there is no main_grad."""
     with (
         fake.rehearsal(device, 0, tensor_parallel) as rehearsal,
@@ -204,7 +208,7 @@ def test_the_head_needs_two_chunks_and_a_gradient(tokens, tensor_parallel, devic
         targets = torch.zeros(tokens, dtype=torch.int64, device=device)
         held.enter("head")
         before = held.total
-        response_log_probs(states, weight, targets, ROWS - 5, CHUNK, group, fused).sum().backward()
+        response_log_probs(states, weight, targets, ROWS - 5, CHUNK, group, fused, cap=cap).sum().backward()
     gradient = 0 if fused else weight.nbytes
     assert held.peaks["head"].total - before <= 2 * CHUNK * rows * 4 + gradient
 
@@ -238,4 +242,5 @@ def test_the_most_likely_token_is_none_of_the_padding_and_the_first_of_equal_one
     tokens = most_likely(hidden, weight, 12, chunk)
     assert torch.equal(tokens, (hidden @ weight[:12].t()).argmax(-1)) and not (tokens == 7).any()
     assert (most_likely(weight[3:4], weight, 12, chunk) == 3).all()
+    assert most_likely(torch.full((1, 5), 1e4), weight.abs(), 12, chunk, cap=1.0).item() == 0  # all reach the cap
     assert most_likely(hidden[:0], weight, 12, chunk).shape == (0,)

@@ -26,6 +26,7 @@ ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_pro
 RECURRENT = ["in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"]
 MODULES = {
     "gpt-oss": ATTENTION,
+    "gemma4": [*ATTENTION, *MLP],
     "glm4": [*ATTENTION, "down_proj"],
     "glm4-moe-groups-and-biases": ATTENTION,
     "phi3": ["o_proj", "down_proj"],

@@ -11,6 +11,8 @@ from transformers import (
     DeepseekV2Config,
     DeepseekV3Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
+    Gemma4UnifiedTextConfig,
     Glm4Config,
     Glm4MoeConfig,
     Glm4MoeLiteConfig,
@@ -55,6 +57,15 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
 GEMMA3 = dict(
     pad_token_id=None, head_dim=24, query_pre_attn_scalar=20, sliding_window=9, layer_types=[SLIDING, FULL, SLIDING]
+)
+# Layers without a window have other heads, whose values are their keys. The cap bends logits of up to 4.
+GEMMA4 = dict(
+    pad_token_id=None,
+    head_dim=24,
+    global_head_dim=40,
+    sliding_window=9,
+    layer_types=[FULL, SLIDING, FULL],
+    final_logit_softcapping=2.5,
 )
 # Windows shorter than a response, and gate and up beyond their limit of 7.
 GPT_OSS = dict(head_dim=24, sliding_window=5, pad_token_id=None, rope_parameters=YARN | {"truncate": False})
@@ -168,6 +179,13 @@ CONFIGS = {
             SLIDING: {"rope_type": "default", "rope_theta": 1e4},
         },
     ),
+    "gemma4": Gemma4TextConfig(
+        **SMALL, **GEMMA4, hidden_size_per_layer_input=0, attention_k_eq_v=True, num_global_key_value_heads=1
+    ),
+    "gemma4-untied-without-cap": Gemma4TextConfig(
+        **SMALL, **GEMMA4 | dict(final_logit_softcapping=None, hidden_size_per_layer_input=0), tie_word_embeddings=False
+    ),
+    "gemma4-unified": Gemma4UnifiedTextConfig(**SMALL, **GEMMA4, attention_k_eq_v=True, num_global_key_value_heads=4),
     "olmo2": Olmo2Config(**SMALL, pad_token_id=None),
     "olmo3": Olmo3Config(**SMALL, sliding_window=9, layer_types=[SLIDING, FULL, SLIDING], pad_token_id=None),
     "gpt-oss": GptOssConfig(**SMALL, **EXPERTS, **GPT_OSS),
@@ -221,7 +239,8 @@ def random_folder(name, folder):
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(CONFIGS[name])
     with torch.no_grad():
-        for parameter in (*model.parameters(), *(x for name, x in model.named_buffers() if name.endswith("bias"))):
+        buffers = (x for name, x in model.named_buffers() if name.endswith(("bias", "layer_scalar")))
+        for parameter in (*model.parameters(), *buffers):
             parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(folder / "hf")
     return folder / "hf"
@@ -240,9 +259,10 @@ def megatron_model(folder, dtype):
 
 def run_pack(hf_config, model, pack, dtype, chunk=7):
     from megatron_solopo.model.build import rotary_frequencies
+    from megatron_solopo.model.families.fields import logit_cap
     from megatron_solopo.model.forward import LogProbHead, device_pack, segment_log_probs
 
-    head = LogProbHead(hf_config.vocab_size, chunk, rotary_frequencies(hf_config))
+    head = LogProbHead(hf_config.vocab_size, chunk, rotary_frequencies(hf_config), logit_cap(hf_config))
     return segment_log_probs(model, device_pack(pack, model.config, torch.device("cpu")), head, dtype)
 
 
@@ -299,6 +319,7 @@ WITH_WINDOWS = ["mistral-short-window", "qwen2-short-window", "qwen3-moe-short-w
 LATER_FAMILIES = [
     *("ministral", "ministral3", "smollm3", "smollm3-window-without-rope", "phi3", "phi3-partial"),
     *("glm", "glm4", "glm4-moe", "glm4-moe-groups-and-biases", "gemma3", "gemma3-untied-linear", "olmo2", "olmo3"),
+    *("gemma4", "gemma4-untied-without-cap", "gemma4-unified"),
     *("gpt-oss", "gpt-oss-default-rope", "qwen3-5", "qwen3-5-tied", "qwen3-5-moe", "qwen3-next"),
     *("deepseek-v2-lite", "deepseek-v2", "deepseek-v3", "deepseek-v3-wide-values", "glm4-moe-lite"),
 ]

@@ -12,6 +12,7 @@ from refusals import refused
 from safetensors.torch import load_file, save_file
 from test_model_parity import (
     GEMMA3,
+    GEMMA4,
     LINEAR,
     LINEAR_MOE,
     SMALL,
@@ -24,6 +25,8 @@ from tiny_models import write_model
 from transformers import (
     AutoModelForImageTextToText,
     Gemma3Config,
+    Gemma4Config,
+    Gemma4UnifiedConfig,
     Glm4MoeConfig,
     Mistral3Config,
     Qwen3_5Config,
@@ -36,9 +39,19 @@ from megatron_solopo.data.tokenized.packs import build_pack
 VISION = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=28)
 PIXTRAL = VISION | dict(model_type="pixtral", head_dim=8, patch_size=14)
 QWEN3_5 = dict(depth=1, hidden_size=16, intermediate_size=24, num_heads=2, patch_size=14, out_hidden_size=64)
+GEMMA4_VISION = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+GEMMA4_VISION |= dict(num_key_value_heads=2, head_dim=8, position_embedding_size=32)
 MINISTRAL3 = SMALL | dict(model_type="ministral3", head_dim=24, max_position_embeddings=262144)
 CONFIGS = {
     "gemma3": Gemma3Config(text_config=SMALL | GEMMA3, vision_config=VISION | dict(patch_size=14)),
+    "gemma4": Gemma4Config(
+        text_config=SMALL | GEMMA4 | dict(pad_token_id=0, hidden_size_per_layer_input=0, attention_k_eq_v=True),
+        vision_config=GEMMA4_VISION,
+    ),
+    "gemma4-unified": Gemma4UnifiedConfig(
+        text_config=SMALL | GEMMA4 | dict(pad_token_id=0, model_type="gemma4_unified_text"),
+        vision_config=dict(patch_size=2, mm_embed_dim=16, mm_posemb_size=16, output_proj_dims=64),
+    ),
     "mistral-small-3": Mistral3Config(
         text_config=SMALL | dict(model_type="mistral", head_dim=24, sliding_window=None),
         vision_config=PIXTRAL,
@@ -48,6 +61,7 @@ CONFIGS = {
     "qwen3-5": Qwen3_5Config(text_config=SMALL | LINEAR, vision_config=QWEN3_5),
     "qwen3-5-moe": Qwen3_5MoeConfig(text_config=LINEAR_MOE, vision_config=QWEN3_5),
 }
+OF_LATER_NAMES = ("gemma4", "gemma4-unified", "qwen3-5", "qwen3-5-moe")
 PUBLISHED, LATER = "language_model.model.", "model.language_model."
 
 
@@ -56,7 +70,8 @@ def nested_folder(name: str, folder: Path, later: bool = False) -> Path:
     torch.manual_seed(1)
     model = AutoModelForImageTextToText.from_config(CONFIGS[name])
     with torch.no_grad():
-        for parameter in model.parameters():
+        scalars = (x for name, x in model.named_buffers() if name.endswith("layer_scalar"))
+        for parameter in (*model.parameters(), *scalars):
             parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(folder)
     if later:
@@ -73,7 +88,7 @@ def _later(name: str) -> str:
 
 @pytest.mark.parametrize(
     ("name", "later"),
-    [(name, later) for name in CONFIGS for later in (False, True) if not (later and name.startswith("qwen"))],
+    [(name, later) for name in CONFIGS for later in (False, True) if not (later and name in OF_LATER_NAMES)],
 )
 def test_a_language_model_inside_another(engine: Any, name: str, later: bool, tmp_path: Path) -> None:
     """Log-probs equal the whole model's on text, and the export has every tensor's bits and config.json's fields."""
@@ -94,7 +109,8 @@ def test_a_language_model_inside_another(engine: Any, name: str, later: bool, tm
     old, new = (json.loads((each / "config.json").read_text()) for each in (folder, tmp_path / "back"))
     inner, ours = old.pop("text_config"), new.pop("text_config")
     # transformers 4 reads RoPE's base beside the other fields, see `rope_scaling.write`
-    assert new.keys() - old.keys() == (set() if name == "gemma3" else {"torch_dtype"}) and new.items() >= old.items()
+    added = set() if name.startswith("gemma") else {"torch_dtype"}
+    assert new.keys() - old.keys() == added and new.items() >= old.items()
     rope = {"rope_parameters", "partial_rotary_factor"}
     assert all(ours[field] == value for field, value in inner.items() if field not in rope)
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from refusals import refused
 from tiny_models import SHAPE
-from transformers import DeepseekV2Config, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3MoeConfig
+from transformers import DeepseekV2Config, Gemma4TextConfig, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3MoeConfig
 
 from megatron_solopo.config import Config
 from megatron_solopo.data.tokenized.batches import plan_step
@@ -42,6 +42,16 @@ MOE = Qwen3MoeConfig(**WIDE | dict(num_hidden_layers=2), head_dim=64, **EXPERTS,
 LATENT: dict[str, Any] = dict(q_lora_rank=None, kv_lora_rank=256, qk_nope_head_dim=64, qk_rope_head_dim=32)
 LATENT |= dict(v_head_dim=64, n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=512, n_shared_experts=1)
 LATENTS = DeepseekV2Config(**WIDE | dict(num_hidden_layers=2, num_key_value_heads=16), **LATENT)
+# One of three layers has heads of 512, on the memory-efficient kernel.
+WIDE_HEADS = Gemma4TextConfig(
+    **WIDE | dict(num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2),
+    sliding_window=1024,
+    layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+    hidden_size_per_layer_input=0,
+    attention_k_eq_v=True,
+    num_global_key_value_heads=2,
+    final_logit_softcapping=30.0,
+)
 SMALL = LlamaConfig(**SHAPE | dict(num_hidden_layers=4, max_position_embeddings=4096))
 
 
@@ -81,6 +91,8 @@ ESTIMATED = [
     (DENSE, "tp4", (FULL, TILES)),
     (MOE, "dp8 ep8", ()),
     (MOE, "tp2 sp dp4 ep4", (FULL,)),
+    (WIDE_HEADS, "tp2 sp dp2", ()),
+    (WIDE_HEADS, "tp2 sp dp2", (FULL, KEEP)),
     (LATENTS, "dp8 ep8", ()),
     (LATENTS, "cp4 dp2 ep8", ()),  # what attention gathers is wider than experts
     (MOE, "tp2 sp cp2 dp2 ep4 etp1", (FULL,)),
@@ -98,7 +110,7 @@ def candidate(tmp_path: Path, model: PretrainedConfig, layout: str, flags: tuple
     parts.setdefault("expert_tensor_parallel_size", parts["tensor_model_parallel_size"])
     if parts["pipeline_model_parallel_size"] == 1:
         del parts["num_virtual_stages_per_pipeline_rank"]
-    if not hasattr(model, "num_experts"):
+    if not getattr(model, "num_experts", None):
         parts = {name: size for name, size in parts.items() if "expert" not in name}
     parts.pop("sequence_parallel", None)
     words = [f"--{name.replace('_', '-')}={size}" for name, size in parts.items()]
@@ -150,6 +162,9 @@ def test_training_refuses_what_the_search_leaves_out(tmp_path: Path) -> None:
     assert searched.layouts == sum(searched.refused.values()) + len(
         {id(one.config.parallel) for one in searched.fitting}
     )
+    wide = search(request(tmp_path, WIDE_HEADS, 2, 80, long=1000))
+    assert {one.config.parallel.context_parallel_size for one in wide.fitting} == {1}
+    assert any("head_dim 512: " in message for message in wide.refused)
 
 
 def test_an_option_that_is_set_is_not_varied(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     Glm4Config,
     GptOssConfig,
     LlamaConfig,
@@ -30,6 +31,9 @@ MODELS = {
     "qwen2": Qwen2Config(**SHAPE, initializer_range=STD, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**SHAPE, initializer_range=STD, head_dim=16, tie_word_embeddings=False),
     "gemma3": Gemma3TextConfig(**SHAPE, initializer_range=STD, head_dim=16, pad_token_id=None),
+    "gemma4": Gemma4TextConfig(
+        **SHAPE, initializer_range=STD, head_dim=16, hidden_size_per_layer_input=0, attention_k_eq_v=True
+    ),
     "glm4": Glm4Config(**SHAPE, initializer_range=STD, head_dim=16, pad_token_id=None),
     # As many heads and experts as a sample of numbers needs: sinks and the routers' biases are drawn too.
     "gpt_oss": GptOssConfig(
@@ -57,7 +61,8 @@ def test_the_distribution_is_transformers(engine: Any, name: str) -> None:
     """The same tensors; constant where transformers' are, and there the same; else of the same mean and deviation."""
     ours = drawn(MODELS[name])
     model = AutoModelForCausalLM.from_config(MODELS[name])
-    theirs = by_file_name(model, dict(model.named_parameters()))
+    scalars = {name: scalar for name, scalar in model.named_buffers() if name.endswith("layer_scalar")}  # Gemma 4's
+    theirs = by_file_name(model, dict(model.named_parameters()) | scalars)
     assert ours.keys() == theirs.keys()
     for key, tensor in theirs.items():
         assert ours[key].shape == tensor.shape

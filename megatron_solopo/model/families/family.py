@@ -39,6 +39,8 @@ class Family:
         activation: of the gated MLP, by transformers' name.
         norms: where the norms of a layer are.
         width_norms: whether queries and keys have a norm over all heads together.
+        value_norms: whether each head of values has a norm without weight, and a layer's result a factor from the
+            folder, which is not trained (`value_norm.ScaledLayer`).
         embedding_scale: returns the factor on the embeddings of tokens.
         carried: returns how names begin of tensors that a folder may have, and that an export has as they were.
     """
@@ -52,6 +54,7 @@ class Family:
     activation: str = "silu"
     norms: Norms = Norms.BEFORE
     width_norms: bool = False
+    value_norms: bool = False
     embedding_scale: Callable[[PretrainedConfig], float] = lambda hf_config: 1.0
     carried: Callable[[PretrainedConfig], tuple[str, ...]] = lambda hf_config: ()
 

@@ -68,6 +68,9 @@ SIZES = (
     *("num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
 )
 
+HEADS = "head_dim", "num_key_value_heads"
+"""Fields that ``per_layer_config`` may give another value in layers without a window (Gemma 4)."""
+
 LINEAR = "linear_attention"
 """The entry of ``layer_types`` for a layer with a recurrent state in the place of attention."""
 
@@ -118,8 +121,10 @@ def unknown_fields(values: Mapping[str, object], family_fields: frozenset[str]) 
 
 def mathematics(hf_config: PretrainedConfig) -> dict[str, Any]:
     """Returns the fields of a config that change what a layer computes but not necessarily a parameter's shape."""
+    hf_config, windowed = of_layers(hf_config, False), of_layers(hf_config, True)
     names = ("model_type", "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings")
-    others = ("num_experts_per_tok", "norm_topk_prob", "no_rope_layers", "query_pre_attn_scalar")
+    others = ("attention_k_eq_v", "final_logit_softcapping")
+    others += ("num_experts_per_tok", "norm_topk_prob", "no_rope_layers", "query_pre_attn_scalar")
     others += ("routed_scaling_factor", "n_group", "topk_group", "topk_method")
     others += ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
     if any(linear_layers(hf_config)):
@@ -128,19 +133,44 @@ def mathematics(hf_config: PretrainedConfig) -> dict[str, Any]:
     windows = {}
     if (window := attention_window(hf_config)) is not None:
         windows = {"sliding_window": window, "layer_types": windowed_layers(hf_config)}
+    if windowed is not hf_config:
+        windows |= {f"{name} of layers with a window": getattr(windowed, name) for name in HEADS}
     return {name: getattr(hf_config, name) for name in (*names, *others) if hasattr(hf_config, name)} | rope | windows
 
 
-def check_shape(hf_config: PretrainedConfig) -> None:
+def check_shape(hf_config: PretrainedConfig, heads_by_layer: bool = False) -> None:
     """Refuses a decoder that cannot be built.
 
+    Args:
+        heads_by_layer: whether `HEADS` of layers without a window may be others than those of layers with one.
+
     Raises:
-        UserError: layers differ, or a field has an invalid value.
+        UserError: layers differ otherwise, or a field has an invalid value.
     """
+    check_sizes(hf_config, "num_hidden_layers")
     if getattr(hf_config, "is_heterogeneous", False):
+        _check_layers(hf_config, HEADS if heads_by_layer else ())
+    for windowed in (False, True):
+        _check_shape(of_layers(hf_config, windowed))
+
+
+def _check_layers(hf_config: Any, fields: tuple[str, ...]) -> None:
+    """Refuses layers that differ in more than ``fields``, or among those with a window or among those without."""
+    kinds, layers = windowed_layers(hf_config), list(hf_config.per_layer_config)
+    differing = set(hf_config.per_layer_attributes) - {*fields}
+    differing |= {"skip" for layer in layers if layer.skip}
+    for name in {*fields} - differing:
+        if len({(kind, getattr(layer, name)) for kind, layer in zip(kinds, layers, strict=True)}) > len({*kinds}):
+            differing.add(name)
+    if differing or not fields:
         raise UserError(
-            "model-field-unsupported", "config.json: per_layer_config is set; layers that differ are not supported"
+            "model-field-unsupported",
+            f"config.json: per_layer_config is set ({', '.join(sorted(differing))}); layers that differ are not "
+            "supported" + (f", but in {' and '.join(fields)} between those with a window and others" if fields else ""),
         )
+
+
+def _check_shape(hf_config: PretrainedConfig) -> None:
     sizes = (name for name in SIZES if name != "intermediate_size" or hasattr(hf_config, name))
     check_sizes(hf_config, *sizes, *(("head_dim",) if getattr(hf_config, "head_dim", None) is not None else ()))
     check_number("rms_norm_eps", hf_config.rms_norm_eps)
@@ -184,6 +214,31 @@ def check_number(name: str, value: object, zero: bool = False) -> None:
 
 def _is_off(value: object) -> bool:
     return any(type(value) is type(off) and value == off for off in (*OFF, 0.0))
+
+
+def of_layers(hf_config: PretrainedConfig, windowed: bool) -> PretrainedConfig:
+    """Returns the config of the layers with a window or of those without, whose `HEADS` may differ; of a kind that no
+    layer is, that of the others."""
+    if not getattr(hf_config, "is_heterogeneous", False):
+        return hf_config
+    kinds = windowed_layers(hf_config)
+    return hf_config.per_layer_config[kinds.index(windowed) if windowed in kinds else 0]
+
+
+def each_layer(hf_config: PretrainedConfig) -> list[PretrainedConfig]:
+    """Returns the config of each layer, see `of_layers`."""
+    kinds = {windowed: of_layers(hf_config, windowed) for windowed in (False, True)}
+    return [kinds[windowed] for windowed in windowed_layers(hf_config)]
+
+
+def keys_are_values(hf_config: PretrainedConfig, windowed: bool) -> bool:
+    """Whether a layer has no matrix of values, and its values are its keys before their norm."""
+    return not windowed and bool(getattr(hf_config, "attention_k_eq_v", False))
+
+
+def logit_cap(hf_config: PretrainedConfig) -> float | None:
+    """Returns the c of logits that are c x tanh(logit / c); None without."""
+    return getattr(hf_config, "final_logit_softcapping", None)
 
 
 def mlp_width(hf_config: PretrainedConfig) -> int:

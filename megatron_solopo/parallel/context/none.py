@@ -63,7 +63,7 @@ class Whole(ContextMethod):
 
         if kernels is Kernels.CPU:
             return cpu_layout(pieces, window=window)
-        if kernels is Kernels.BLOCKS:
+        if kernels is Kernels.BLOCKS and window is None:
             return block_layout(pieces)
         if kernels in PLANNED and window is None:
             return prompt_layout(pieces, kernels is Kernels.CUDNN)
