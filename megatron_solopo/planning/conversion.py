@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import shutil
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -33,7 +34,8 @@ class Held:
     Attributes:
         all: its parameters.
         to_megatron: (bytes, name) of the most that it holds at once on the way to Megatron.
-        to_hf: the same on the way back, on the process that writes, which joins the shards of a parameter.
+        to_hf: the same on the way back, on a process that writes: it joins the shards of a parameter, and holds the one
+            before until it has the next.
     """
 
     all: int
@@ -71,6 +73,7 @@ def describe(target: Path, config: Config, hf_config: PretrainedConfig, dtype_op
         f"time in memory: at most {_gb(most)} ({name})",
         f"megatron-to-hf reads and writes the same, in files of {MAX_SHARD_SIZE}",
         f"  process 0 writes, and joins the parts of a parameter: at most {_gb(back)} ({name_back})",
+        "  without layout options, which it does not need, each process writes some of the files, in as much memory",
         f"beside that a process takes about {IMPORTS} GiB for its imports; pages of mapped files are the file cache's",
     )
     return "\n".join(lines)
@@ -96,7 +99,8 @@ def _held(config: Config, hf_config: PretrainedConfig, dtype: torch.dtype, rank:
                 full = size * split_size(entry, parameter)
                 own.append((size, entry.megatron))
                 joined.append((full * (1 if _yields_views(entry.operator) else 2), entry.megatron))
-        return Held(sum(size for size, _ in own), max(own), max(joined))
+        pairs = [(before[0] + after[0], max(before, after)[1]) for before, after in pairwise([(0, ""), *joined])]
+        return Held(sum(size for size, _ in own), max(own), max(pairs))
 
 
 def _yields_views(operator: Operator) -> bool:
