@@ -204,19 +204,25 @@ def _hf_tensors_of_chunk(entries: Entered, stored: StoredWeights | None) -> Iter
     for entry, names, parameter in entries:
         if stored is not None:
             stored.map(parameter)
-        group, dimension = tensor_group(entry), _split_dimension(parameter)
-        joined: Tensor | None = parameter.detach()
-        if dimension is not None and group.size() > 1:
-            joined = _joined(entry.operator, parameter, group, dimension, stored)
-        experts: Iterable[tuple[tuple[str, ...], Tensor]] = [] if joined is None else [(names, joined)]
-        if entry.of_experts and joined is not None:
-            # All processes reach their n-th expert at the same time.
-            experts = _of_all_experts(names, joined, parallel_state.get_expert_model_parallel_group())
-        for expert_names, weights in experts:
-            for name, tensor in zip(expert_names, entry.operator.to_hf(weights), strict=True):
-                yield name, tensor.cpu().contiguous()
+        yield from _hf_tensors_of_parameter(entry, names, parameter, stored)
         if stored is not None:
             stored.release(parameter)
+
+
+def _hf_tensors_of_parameter(
+    entry: Entry, names: tuple[str, ...], parameter: torch.nn.Parameter, stored: StoredWeights | None
+) -> Iterator[tuple[str, Tensor]]:
+    group, dimension = tensor_group(entry), _split_dimension(parameter)
+    joined: Tensor | None = parameter.detach()
+    if dimension is not None and group.size() > 1:
+        joined = _joined(entry.operator, parameter, group, dimension, stored)
+    experts: Iterable[tuple[tuple[str, ...], Tensor]] = [] if joined is None else [(names, joined)]
+    if entry.of_experts and joined is not None:
+        # All processes reach their n-th expert at the same time.
+        experts = _of_all_experts(names, joined, parallel_state.get_expert_model_parallel_group())
+    for expert_names, weights in experts:
+        for name, tensor in zip(expert_names, entry.operator.to_hf(weights), strict=True):
+            yield name, tensor.detach().cpu().contiguous()  # an object of its own, see `_one_at_a_time`
 
 
 def _joined(
@@ -396,7 +402,7 @@ def save_folder(
     if first and _replica() in replicas:
         if change is not None:
             tensors = change(tensors)
-        tensors = chain(((stored_names[name], tensor) for name, tensor in tensors), carried)
+        tensors = chain(_one_at_a_time((stored_names[name], tensor) for name, tensor in tensors), carried)
         total = len(shards.shapes) - len(shards.kept)
         progress = ProgressBar(tensors, desc=f"writing {target}", total=total, unit="tensor", leave=False)
         problem = write_weights(Path(target), shards, progress)
@@ -408,6 +414,13 @@ def save_folder(
         of_ranks = ((rank, host, error) for rank, (host, error) in enumerate(problems) if error is not None)
         rank, host, problem = next(of_ranks, (0, "", None))
         writer.publish(problem.at(f"rank {rank} on {host}") if problem and rank else problem)
+
+
+def _one_at_a_time(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Yields the tensors and empties each when the next one is asked for: callers still hold it while that is made."""
+    for name, tensor in tensors:
+        yield name, tensor
+        tensor.data = tensor.data.new_empty(0)
 
 
 def _writing_replicas(shards: Shards, first: bool) -> list[int]:

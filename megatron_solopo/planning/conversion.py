@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import shutil
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -34,8 +33,7 @@ class Held:
     Attributes:
         all: its parameters.
         to_megatron: (bytes, name) of the most that it holds at once on the way to Megatron.
-        to_hf: the same on the way back, on a process that writes: it joins the shards of a parameter, and holds the one
-            before until it has the next.
+        to_hf: the same on the way back, on a process that writes, which joins the shards of a parameter.
     """
 
     all: int
@@ -99,8 +97,7 @@ def _held(config: Config, hf_config: PretrainedConfig, dtype: torch.dtype, rank:
                 full = size * split_size(entry, parameter)
                 own.append((size, entry.megatron))
                 joined.append((full * (1 if _yields_views(entry.operator) else 2), entry.megatron))
-        pairs = [(before[0] + after[0], max(before, after)[1]) for before, after in pairwise([(0, ""), *joined])]
-        return Held(sum(size for size, _ in own), max(own), max(pairs))
+        return Held(sum(size for size, _ in own), max(own), max(joined))
 
 
 def _yields_views(operator: Operator) -> bool:
