@@ -144,18 +144,22 @@ def written(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def convert(options: argparse.Namespace, target: Path, *arguments: object, kill_at: float | None = None) -> Cost:
+def convert(
+    options: argparse.Namespace, target: Path, *arguments: object, writers: int = 0, kill_at: float | None = None
+) -> Cost:
     """Runs a conversion in the layout of the options.
 
     Args:
+        writers: run on so many processes without a layout instead; 0: in the layout.
         kill_at: kill all its processes when its unfinished target has so many bytes.
     """
     command = [sys.executable, ROOT / "tools" / "convert_checkpoint.py"]
     layout: list[object] = []
-    processes = options.tensor * options.pipeline
+    processes = writers or options.tensor * options.pipeline
     if processes > 1:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
         command.append(ROOT / "tools" / "convert_checkpoint.py")
+    if not writers:
         layout = ["--tensor-model-parallel-size", options.tensor, "--pipeline-model-parallel-size", options.pipeline]
     words = [str(word) for word in (*command, *arguments, *layout, "--device", "cpu")]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
@@ -175,6 +179,16 @@ def convert(options: argparse.Namespace, target: Path, *arguments: object, kill_
     flush(target)
     seconds, processor = time.monotonic() - start, usage.ru_utime + usage.ru_stime
     return Cost(seconds, processor, peaks.anonymous / 2**20, peaks.resident / 2**20)
+
+
+def start_up(options: argparse.Namespace, target: Path, *words: object, writers: int = 0) -> Cost:
+    """What a command costs without weights."""
+    cost = convert(options, target, *words, writers=writers)
+    print(
+        f"a tiny model: {cost.seconds:.1f} s, of the processor {cost.processor:.1f} s, taken off below; "
+        f"{cost.anonymous:.2f} GiB anonymous"
+    )
+    return cost
 
 
 def copy(source: Path, target: Path) -> Cost:
@@ -197,19 +211,21 @@ def report(label: str, cost: Cost, copies: tuple[Cost, Cost] | None = None) -> N
     print(f"{label:<22} {cost.seconds:>8.1f} {cost.processor:>10.1f} {ratios:>15} {peaks}", flush=True)
 
 
-def measure(options: argparse.Namespace, label: str, source: Path, target: Path, idle: Cost, *words: object) -> None:
+def measure(
+    options: argparse.Namespace, label: str, source: Path, target: Path, idle: Cost, *words: object, writers: int = 0
+) -> None:
     """Prints the cost of a conversion, and of copies before and after it."""
     before = copy(source, source.with_name("copy"))
     report("copy", before)
     if options.kill:
-        convert(options, target, *words, kill_at=written(source) / 2)
+        convert(options, target, *words, writers=writers, kill_at=written(source) / 2)
         left = [path for path in target.parent.iterdir() if path.name.startswith(target.name)]
         kept = sum(file.stat().st_size for path in left for file in path.glob("*.safetensors")) / 1e9
         names = ", ".join(path.name for path in left)
         print(
             f"killed at half; left behind: {names}, {kept:.2f} GB of it complete; the same command again:", flush=True
         )
-    cost = convert(options, target, *words)
+    cost = convert(options, target, *words, writers=writers)
     after = copy(source, source.with_name("copy")) if options.copies > 1 else before
     cost = Cost(cost.seconds - idle.seconds, cost.processor - idle.processor, cost.anonymous, cost.resident)
     report(label, cost, (before, after))
@@ -224,6 +240,14 @@ def main() -> None:
     parser.add_argument("--tensor", type=int, default=1, help="tensor parallel size (default: %(default)s)")
     parser.add_argument("--pipeline", type=int, default=1, help="pipeline parallel size (default: %(default)s)")
     parser.add_argument("--copies", type=int, choices=(1, 2), default=2, help="1: only before (default: %(default)s)")
+    parser.add_argument(
+        "--writers",
+        nargs="+",
+        type=int,
+        default=[1],
+        help="processes of megatron-to-hf, without a layout, one measurement each; 0: in the layout (default: 1)",
+    )
+    parser.add_argument("--max-shard-size", default="5GB", help="of megatron-to-hf (default: %(default)s)")
     parser.add_argument("--kill", action="store_true", help="kill each conversion at half, and run it again")
     parser.add_argument("--folder", help="where to work (default: the system's folder for temporary files)")
     options = parser.parse_args()
@@ -240,19 +264,18 @@ def main() -> None:
         largest = max(shape.numel() for shape in shapes.values()) * 2
         print(f"{written(hf) / 1e9:.2f} GB in {len(shapes)} tensors, largest {largest / 1e9:.2f} GB")
         print("load of the machine:", *os.getloadavg())
-        small_model = "hf-to-megatron", "--hf-path", tiny(work / "tiny"), "--save", work / "tiny-megatron"
-        idle = convert(options, work / "tiny-megatron", *small_model)
-        print(
-            f"a tiny model: {idle.seconds:.1f} s, of the processor {idle.processor:.1f} s, taken off below; "
-            f"{idle.anonymous:.2f} GiB anonymous"
-        )
+        model, of_model = tiny(work / "tiny"), work / "tiny-megatron"
+        idle = start_up(options, of_model, "hf-to-megatron", "--hf-path", model, "--save", of_model)
         print(f"{'':<22} {'seconds':>8} {'processor':>10} {'ratio':>7} {'of CPU':>7} {'anonymous':>10} {'resident':>9}")
         measure(options, "hf-to-megatron", hf, megatron, idle, "hf-to-megatron", "--hf-path", hf, "--save", megatron)
         shutil.rmtree(hf)  # room for the way back
-        measure(
-            options, "megatron-to-hf", megatron, back, idle, "megatron-to-hf", "--load", megatron, "--save-hf", back
-        )
-        print("every tensor came back bit by bit" if came_back(back, shapes) else "TENSORS DIFFER")
+        words = "megatron-to-hf", "--load", megatron, "--save-hf", back, "--max-shard-size", options.max_shard_size
+        for writers in options.writers:
+            empty = "megatron-to-hf", "--load", of_model, "--save-hf", work / "tiny-back", "--overwrite"
+            idle = start_up(options, work / "tiny-back", *empty, writers=writers)
+            measure(options, f"megatron-to-hf, {writers}", megatron, back, idle, *words, writers=writers)
+            print("every tensor came back bit by bit" if came_back(back, shapes) else "TENSORS DIFFER")
+            shutil.rmtree(back)
 
 
 def came_back(folder: Path, shapes: Mapping[str, torch.Size]) -> bool:

@@ -17,8 +17,9 @@ from transformers import PretrainedConfig
 
 from megatron_solopo.config import MAX_SHARD_SIZE
 from megatron_solopo.conversion.carried import carried_names, carried_tensors
-from megatron_solopo.conversion.hf_folder import FolderWriter, TensorReader, has_stacked_experts
+from megatron_solopo.conversion.hf_folder import FolderWriter, TensorReader, has_stacked_experts, write_weights
 from megatron_solopo.conversion.quantized import WeightReader
+from megatron_solopo.conversion.shards import Shards
 from megatron_solopo.conversion.sidecar_files import SidecarFiles, config_json
 from megatron_solopo.conversion.stored import StoredWeights
 from megatron_solopo.errors import UserError
@@ -28,6 +29,7 @@ from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.model.hf_config import outer_model_type
 from megatron_solopo.model.lora import is_adapter
 from megatron_solopo.model.transformer_engine import portable_name
+from megatron_solopo.parallel.platform import from_all_ranks
 from megatron_solopo.parallel.topology import expert_count
 from megatron_solopo.progress import ProgressBar
 
@@ -131,37 +133,37 @@ def hf_tensors(
     hf_config: PretrainedConfig,
     stored: StoredWeights | None = None,
     entries: Callable[[GPTModel, PretrainedConfig], Entered] = named_entries,
+    replicas: Collection[int] = (0,),
 ) -> Iterator[tuple[str, Tensor]]:
     """Yields (Hugging Face name, unsplit tensor on the CPU), joined over tensor-parallel processes, without padding.
 
-    Collective over the tensor-parallel, expert-parallel and pipeline groups. Rank 0 yields the tensors of all stages,
-    one at a time, a stage's model chunks one after the other; other ranks yield a part or nothing.
+    Collective over the tensor-parallel, expert-parallel and pipeline groups. The first process of a replica yields the
+    tensors of all stages, one at a time, a stage's model chunks one after the other; others yield a part or nothing.
 
     Args:
         stored: the checkpoint from which each parameter is mapped when it is needed, and released afterwards. Without
             it the model is already loaded, and keeps its weights.
         entries: yields the parameters of a chunk.
+        replicas: the `data-parallel replicas <_replica>` that need the tensors; rank 0 is in the first one.
     """
+    sends = parallel_state.get_tensor_model_parallel_rank() == 0 and _replica() in replicas
     of_stage = (named for chunk in chunks for named in _hf_tensors_of_chunk(entries(chunk, hf_config), stored))
     if parallel_state.is_pipeline_first_stage():
         yield from of_stage
-        for stage in range(1, parallel_state.get_pipeline_model_parallel_world_size()) if _on_writing_column() else ():
+        for stage in range(1, parallel_state.get_pipeline_model_parallel_world_size()) if sends else ():
             while (received := _receive_tensor(stage)) is not None:
                 yield received
         return
     for name, tensor in of_stage:
-        if _on_writing_column() and name not in _names_of_first_stage(hf_config):
+        if sends and name not in _names_of_first_stage(hf_config):
             _send_tensor(name, tensor)
-    if _on_writing_column():
+    if sends:
         _send_tensor(None, None)
 
 
-def _on_writing_column() -> bool:
-    """Whether this process's pipeline group holds the writing process; other groups send nothing."""
-    return (
-        parallel_state.get_tensor_model_parallel_rank() == 0
-        and parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
-    )
+def _replica() -> int:
+    """Returns the number of this process's copy of the model, of which context parallelism has several."""
+    return parallel_state.get_data_parallel_rank(with_context_parallel=True)
 
 
 def _names_of_first_stage(hf_config: PretrainedConfig) -> tuple[str, ...]:
@@ -202,19 +204,25 @@ def _hf_tensors_of_chunk(entries: Entered, stored: StoredWeights | None) -> Iter
     for entry, names, parameter in entries:
         if stored is not None:
             stored.map(parameter)
-        group, dimension = tensor_group(entry), _split_dimension(parameter)
-        joined: Tensor | None = parameter.detach()
-        if dimension is not None and group.size() > 1:
-            joined = _joined(entry.operator, parameter, group, dimension, stored)
-        experts: Iterable[tuple[tuple[str, ...], Tensor]] = [] if joined is None else [(names, joined)]
-        if entry.of_experts and joined is not None:
-            # All processes reach their n-th expert at the same time.
-            experts = _of_all_experts(names, joined, parallel_state.get_expert_model_parallel_group())
-        for expert_names, weights in experts:
-            for name, tensor in zip(expert_names, entry.operator.to_hf(weights), strict=True):
-                yield name, tensor.cpu().contiguous()
+        yield from _hf_tensors_of_parameter(entry, names, parameter, stored)
         if stored is not None:
             stored.release(parameter)
+
+
+def _hf_tensors_of_parameter(
+    entry: Entry, names: tuple[str, ...], parameter: torch.nn.Parameter, stored: StoredWeights | None
+) -> Iterator[tuple[str, Tensor]]:
+    group, dimension = tensor_group(entry), _split_dimension(parameter)
+    joined: Tensor | None = parameter.detach()
+    if dimension is not None and group.size() > 1:
+        joined = _joined(entry.operator, parameter, group, dimension, stored)
+    experts: Iterable[tuple[tuple[str, ...], Tensor]] = [] if joined is None else [(names, joined)]
+    if entry.of_experts and joined is not None:
+        # All processes reach their n-th expert at the same time.
+        experts = _of_all_experts(names, joined, parallel_state.get_expert_model_parallel_group())
+    for expert_names, weights in experts:
+        for name, tensor in zip(expert_names, entry.operator.to_hf(weights), strict=True):
+            yield name, tensor.detach().cpu().contiguous()  # an object of its own, see `_one_at_a_time`
 
 
 def _joined(
@@ -329,14 +337,15 @@ def save_folder(
     """Writes the model as a Hugging Face folder, with the config and tokenizer files of ``source``, adapted to the
     training options, and its tensors beside the trained model as they are (`carried`).
 
-    Collective; rank 0 writes.
+    Collective. Rank 0 writes; with ``made_of``, the first process of every replica of the model that sees the folder
+    writes some of the weight files, if the replicas have the same experts.
 
     Args:
         chunks: this process's parts of the model.
         chat_template, chat_template_kwargs, added_tokens, end_of_turn, chat_template_date: see `SidecarFiles`.
         dtype: of the files; default the model's.
         stored: see `hf_tensors`.
-        change: applied to the tensors on rank 0.
+        change: applied to the tensors on rank 0; without ``made_of``.
         made_of: see `Shards`. What only makes tensors of files that are kept is not read.
 
     Raises:
@@ -349,8 +358,8 @@ def save_folder(
     shapes = hf_shapes(chunks, hf_config, stacked)
     dtypes = kept_dtypes(hf_config)
     dtype = dtype or next(chunks[0].parameters()).dtype
-    writer, carried, stored_name = None, iter(()), str
-    plan: list[Collection[str] | None] = [None]
+    writer, carried = None, iter(())
+    plan: list[tuple[Shards, dict[str, str], set[str]] | None] = [None]
     try:
         if dist.get_rank() == 0:
             document = config_json(source, hf_config, dtype)
@@ -363,33 +372,68 @@ def save_folder(
                 end_of_turn,
                 chat_template_date,
             )
-            of_files = shapes
+            of_files, stored_names, beside_names = shapes, {name: name for name in shapes}, set[str]()
             if (beside := beside_of(source, hf_config)) is not None:
                 reader, names = beside
                 forms = {name: reader.form_of(name) for name in names}
-                stored_name, carried = reader.stored, carried_tensors(reader, names)
-                of_files = {stored_name(name): shape for name, shape in shapes.items()}
+                carried, beside_names = carried_tensors(reader, names), set(forms)
+                stored_names = {name: reader.stored(name) for name in shapes}
+                of_files = {stored_names[name]: shape for name, shape in shapes.items()}
                 of_files |= {name: shape for name, (shape, _) in forms.items()}
-                dtypes = {stored_name(name): kept for name, kept in dtypes.items()}
+                dtypes = {reader.stored(name): kept for name, kept in dtypes.items()}
                 dtypes |= {name: of_source for name, (_, of_source) in forms.items()}
             writer = FolderWriter(Path(target), sidecar_files, of_files, dtype, max_shard_size, force, dtypes, made_of)
-            plan = [{name for name in shapes if stored_name(name) in writer.shards.kept}]
+            plan = [(writer.shards, stored_names, beside_names)]
     finally:
         dist.broadcast_object_list(plan)  # None: rank 0 cannot write
-    if (kept := plan[0]) is None:
+    if plan[0] is None:
         return
-    tensors = hf_tensors(chunks, hf_config, stored, partial(_entries_to_write, stacked=stacked, kept=kept))
-    if writer is None:
+    shards, stored_names, beside_names = plan[0]
+    first = parallel_state.is_pipeline_first_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+    replicas = _writing_replicas(shards, first)
+    if parallel_state.get_expert_model_parallel_world_size() == 1:  # else the others send their experts
+        shards.take(replicas.index(_replica()) if _replica() in replicas else None, len(replicas), beside_names)
+    kept = {name for name in shapes if stored_names.get(name) in shards.kept}
+    entries = partial(_entries_to_write, stacked=stacked, kept=kept)
+    tensors = hf_tensors(chunks, hf_config, stored, entries, replicas)
+    if writer is not None and shards.kept_files:
+        print(f"{target}: {shards.kept_files} of {shards.files} files were complete before, and are kept")
+    problem = None
+    if first and _replica() in replicas:
+        if change is not None:
+            tensors = change(tensors)
+        tensors = chain(_one_at_a_time((stored_names[name], tensor) for name, tensor in tensors), carried)
+        total = len(shards.shapes) - len(shards.kept)
+        progress = ProgressBar(tensors, desc=f"writing {target}", total=total, unit="tensor", leave=False)
+        problem = write_weights(Path(target), shards, progress)
+    else:
         for _ in tensors:
             pass
-        return
-    if count := writer.shards.kept_files:
-        print(f"{target}: {count} of {writer.shards.files} files were complete before, and are kept")
-    if change is not None:
-        tensors = change(tensors)
-    tensors = chain(((stored_name(name), tensor) for name, tensor in tensors), carried)
-    total = len(writer.shards.shapes) - len(writer.shards.kept)
-    writer.write(ProgressBar(tensors, desc=f"writing {target}", total=total, unit="tensor", leave=False))
+    problems = from_all_ranks(problem)
+    if writer is not None:
+        of_ranks = ((rank, host, error) for rank, (host, error) in enumerate(problems) if error is not None)
+        rank, host, problem = next(of_ranks, (0, "", None))
+        writer.publish(problem.at(f"rank {rank} on {host}") if problem and rank else problem)
+
+
+def _one_at_a_time(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Yields the tensors and empties each when the next one is asked for: callers still hold it while that is made."""
+    for name, tensor in tensors:
+        yield name, tensor
+        tensor.data = tensor.data.new_empty(0)
+
+
+def _writing_replicas(shards: Shards, first: bool) -> list[int]:
+    """Returns the replicas of the model that write files: all whose first process sees the unfinished folder, or that
+    of rank 0 alone. Collective.
+
+    Args:
+        first: whether this process is the first one of its replica.
+    """
+    seen = from_all_ranks(_replica() if first and shards.is_here() else 0)
+    if parallel_state.get_expert_model_parallel_world_size() > 1:
+        return [0]  # the replicas of other parameters have different experts
+    return sorted({replica for _, replica in seen})
 
 
 def _entries_to_write(model: GPTModel, hf_config: PretrainedConfig, stacked: bool, kept: Collection[str]) -> Entered:

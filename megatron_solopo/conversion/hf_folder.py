@@ -360,24 +360,46 @@ class FolderWriter:
         check_target("--save-hf", folder, force, filling=True)
         self.shards = Shards(folder_aside(folder), shapes, dtype, parse_size(max_shard_size), dtypes, made_of)
 
-    def write(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Writes each tensor as it arrives, so that one at a time is in memory. ``tensors`` is read to its end even if
-        writing fails, because other processes send them.
+    def publish(self, problem: UserError | None) -> None:
+        """Writes the other files and renames the folder.
+
+        Args:
+            problem: what `write_weights` returned, here or in another process.
 
         Raises:
-            UserError: the disk is full.
+            UserError: the problem, or the disk is full.
         """
         aside = self.shards.folder
-        for name, tensor in tensors:
-            self.shards.add(name, tensor)
         try:
-            self.shards.finish()
-            self._sidecar_files.write(aside)
-            (aside / UNFINISHED).unlink(missing_ok=True)
-            put_in_place(aside, self._folder)
+            if problem is None:
+                self.shards.write_index()
+                self._sidecar_files.write(aside)
+                (aside / UNFINISHED).unlink(missing_ok=True)
+                put_in_place(aside, self._folder)
         except OSError as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise _not_written(self._folder, error) from None
+            problem = _not_written(self._folder, error)
+        if problem is not None:
+            if problem.code == "write-failed":
+                shutil.rmtree(aside, ignore_errors=True)
+            raise problem
+
+
+def write_weights(folder: Path, shards: Shards, tensors: Iterable[tuple[str, Tensor]]) -> UserError | None:
+    """Writes each tensor as it arrives, so that one at a time is in memory; returns why that failed, or None.
+    ``tensors`` is read to its end even if writing fails, because other processes send them.
+
+    Args:
+        folder: that the weights are for.
+    """
+    try:
+        for name, tensor in tensors:
+            shards.add(name, tensor)
+        shards.finish()
+    except UserError as error:
+        return error
+    except OSError as error:
+        return _not_written(folder, error)
+    return None
 
 
 def write_folder(
@@ -389,7 +411,8 @@ def write_folder(
     **options: Any,
 ) -> None:
     """Writes a folder of tensors that this process has; see `FolderWriter`, also for ``options``."""
-    FolderWriter(folder, sidecar_files, shapes, dtype, **options).write(tensors)
+    writer = FolderWriter(folder, sidecar_files, shapes, dtype, **options)
+    writer.publish(write_weights(folder, writer.shards, tensors))
 
 
 def _not_written(folder: Path, error: OSError) -> UserError:

@@ -30,6 +30,7 @@ from megatron_solopo.conversion.sharded_write import ShardedWrite, WriteItem
 from megatron_solopo.conversion.sidecar_files import SidecarFiles
 from megatron_solopo.conversion.stored import StoredWeights, parts_of_parameters
 from megatron_solopo.conversion.stored_index import StoredIndex
+from megatron_solopo.data.memory import release_freed_memory
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.lora import has_adapters, is_adapter
 from megatron_solopo.model.transformer_engine import UNSAFE_PICKLES
@@ -218,6 +219,7 @@ class _Filling:
             left[id(parameter)] -= 1
             if not left[id(parameter)]:
                 parameter.untyped_storage().resize_(0)  # frees the memory of ``tensor`` too
+                release_freed_memory()
 
 
 def _add_empty_scales(models: Sequence[GPTModel], states: dict[str, Any]) -> None:

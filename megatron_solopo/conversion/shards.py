@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -52,7 +52,8 @@ class Shards:
     """The weight files of a folder.
 
     `finish` reports a failed write, so that the sender of the tensors can continue to the end. A file has its name once
-    it is complete and on the disk.
+    it is complete and on the disk. Several processes write a folder: one creates the object and sends it to the others
+    before anything is added, and each takes a part of the files (`take`).
 
     Args:
         folder: created; of an existing one only the files that ``made_of`` allows are kept.
@@ -64,8 +65,9 @@ class Shards:
             the tensors, dtypes and shapes of this plan, are kept; None: nothing is kept, now or later.
 
     Attributes:
-        kept: names of the tensors in such files, which need not be added.
-        kept_files: the number of these files.
+        kept: names of the tensors in such files and, after `take`, in those of other processes, which need not be
+            added.
+        kept_files: the number of complete files.
         files: the number of all.
     """
 
@@ -78,13 +80,13 @@ class Shards:
         dtypes: Mapping[str, torch.dtype] | None = None,
         made_of: str | None = None,
     ) -> None:
-        self.folder, self.shapes = folder, shapes
+        self.folder, self.shapes, self._made_of = folder, shapes, made_of
         self._shapes = whole_shapes(shapes)
         self._dtypes = dict.fromkeys(self._shapes, dtype) | {**(dtypes or {})}
         self._error: OSError | None = None
         self._open: dict[int, BinaryIO] = {}
         self._closing: list[Future[None]] = []
-        self._closer = ThreadPoolExecutor(1)
+        self._closer: ThreadPoolExecutor | None = None  # the object is sent to other processes without it
         self._files = self._cut(limit)
         self._names = [
             SINGLE if len(self._files) == 1 else f"model-{number:05d}-of-{len(self._files):05d}.safetensors"
@@ -94,16 +96,34 @@ class Shards:
         self._file_of = {name: number for number, tensors in enumerate(self._files) for name in tensors}
         self._left: list[set[str]] = [set() for _ in self._files]
         kept: set[int] = set()
-        self._try(lambda: kept.update(self._prepare(made_of)))
+        self._try(lambda: kept.update(self._prepare()))
         self.files, self.kept_files = len(self._files), len(kept)
         self.kept = {name for name in shapes if self._file_of[part_of(name)[0]] in kept}
         for name in shapes.keys() - self.kept:
             self._left[self._file_of[part_of(name)[0]]].add(name)
 
-    def _prepare(self, made_of: str | None) -> set[int]:
+    def is_here(self) -> bool:
+        """Whether this process sees the unfinished folder, with the record of what its files are made of."""
+        record = self.folder / UNFINISHED
+        return self._made_of is not None and record.is_file() and record.read_text(encoding="utf-8") == self._made_of
+
+    def take(self, share: int | None, shares: int, first: Collection[str]) -> None:
+        """Leaves the files that are missing to other processes, except those of a share.
+
+        Args:
+            share: of this process, or None; the files are dealt out in turn.
+            first: names of tensors that the first share alone has.
+        """
+        missing = [number for number, names in enumerate(self._left) if names]
+        for turn, number in enumerate(missing):
+            if share != (0 if self._left[number] & first else turn % shares):
+                self.kept |= self._left[number]
+                self._left[number] = set()
+
+    def _prepare(self) -> set[int]:
         """Creates the folder, or deletes all but files that are kept from it; returns their numbers."""
-        record, kept = self.folder / UNFINISHED, set[int]()
-        if made_of is not None and record.is_file() and record.read_text(encoding="utf-8") == made_of:
+        made_of, kept = self._made_of, set[int]()
+        if self.is_here():
             kept = {number for number in range(len(self._files)) if self._is_complete(number)}
         if not kept:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -113,7 +133,7 @@ class Shards:
             if path.name not in names:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         if made_of is not None and not kept:
-            write_text(record, made_of)
+            write_text(self.folder / UNFINISHED, made_of)
         return kept
 
     def _is_complete(self, number: int) -> bool:
@@ -159,6 +179,7 @@ class Shards:
         self._try(lambda: self._write(number, name, tensor.to(self._dtypes[whole]).contiguous()))
         if not self._left[number] and number in self._open:
             path = self.folder / self._names[number]
+            self._closer = self._closer or ThreadPoolExecutor(1)
             self._closing.append(self._closer.submit(_to_the_disk, self._open.pop(number), path))
 
     def _write(self, number: int, name: str, tensor: Tensor) -> None:
@@ -171,14 +192,15 @@ class Shards:
         write_in_pieces(file, tensor.reshape(-1).view(torch.uint8).numpy().data)
 
     def finish(self) -> None:
-        """Waits until all files are on the disk, then writes the index.
+        """Waits until all files of this process are on the disk.
 
         Raises:
             OSError: a write failed.
         """
         for closing in self._closing:
             self._try(closing.result)
-        self._closer.shutdown()
+        if self._closer is not None:
+            self._closer.shutdown()
         for file in self._open.values():
             file.close()
         if self._error is not None:
@@ -186,6 +208,9 @@ class Shards:
         missing = next((name for names in self._left for name in names), None)
         if missing is not None:
             raise ValueError(f"{missing} was not written")
+
+    def write_index(self) -> None:
+        """Writes the index of several files."""
         if len(self._files) > 1:
             total = sum(map(self._size, range(len(self._files))))
             files = {name: self._names[number] for name, number in sorted(self._file_of.items())}

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_solopo.conversion.stored_index import StoredIndex
+from megatron_solopo.data.memory import release_freed_memory
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.transformer_engine import FUSED_NORMS
 from megatron_solopo.progress import ProgressBar
@@ -187,3 +188,4 @@ class StoredWeights:
         """Frees a parameter's memory; it is empty afterwards, and may be released again."""
         self._parts.pop(id(parameter), None)  # views of its memory
         parameter.data = parameter.data.new_empty(0)
+        release_freed_memory()

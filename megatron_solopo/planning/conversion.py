@@ -33,7 +33,7 @@ class Held:
     Attributes:
         all: its parameters.
         to_megatron: (bytes, name) of the most that it holds at once on the way to Megatron.
-        to_hf: the same on the way back, on the process that writes, which joins the shards of a parameter.
+        to_hf: the same on the way back, on a process that writes, which joins the shards of a parameter.
     """
 
     all: int
@@ -71,6 +71,7 @@ def describe(target: Path, config: Config, hf_config: PretrainedConfig, dtype_op
         f"time in memory: at most {_gb(most)} ({name})",
         f"megatron-to-hf reads and writes the same, in files of {MAX_SHARD_SIZE}",
         f"  process 0 writes, and joins the parts of a parameter: at most {_gb(back)} ({name_back})",
+        "  without layout options, which it does not need, each process writes some of the files, in as much memory",
         f"beside that a process takes about {IMPORTS} GiB for its imports; pages of mapped files are the file cache's",
     )
     return "\n".join(lines)

@@ -4,8 +4,12 @@ test_conversion.py."""
 from __future__ import annotations
 
 import json
+import resource
 import shutil
+import signal
+import socket
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_solopo.config import Config
+from megatron_solopo.errors import UserError
 from megatron_solopo.parallel import platform
 from megatron_solopo.parallel.layouts import parse_layout
 
@@ -20,7 +25,7 @@ SEED = 11
 """Of the random weights."""
 
 RESUMED = ("qwen2-tied", "qwen3_moe")
-"""Models of which each layout also completes a Hugging Face folder that was left unfinished."""
+"""Models of which each layout also completes a Hugging Face folder that was left unfinished, and fails to write one."""
 
 
 def differences(one: Path, other: Path) -> list[str]:
@@ -56,6 +61,30 @@ def half_of(folder: Path, unfinished: Path) -> dict[str, int]:
     return {Path(shutil.copy2(path, unfinished)).name: (unfinished / path.name).stat().st_ino for path in files}
 
 
+def reported(save: Callable[[], None], target: Path) -> list[str]:
+    """What is wrong with the report of a process that cannot write: the first one of the last replica of the model,
+    on a file system with little room for a file."""
+    from megatron.core import parallel_state
+
+    experts = parallel_state.get_expert_model_parallel_world_size() > 1
+    writer = 0 if experts else dist.get_process_group_ranks(parallel_state.get_data_parallel_group(True))[-1]
+    dist.broadcast(place := torch.tensor(writer), 0)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits, problem = resource.getrlimit(resource.RLIMIT_FSIZE), ""
+    if dist.get_rank() == int(place):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        save()
+    except UserError as error:
+        problem = str(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    if dist.get_rank() > 0:
+        return []
+    where = f"rank {int(place)} on {socket.gethostname()}: " if place > 0 else ""
+    expected = f"{where}--save-hf {target}: File too large; "
+    return [*([] if problem.startswith(expected) else [problem]), *map(str, target.parent.glob(f"{target.name}*"))]
+
+
 def convert(config: Config, source: Path, work: Path, before: Path | None) -> dict[str, list[str]]:
     """What comes back from a layout otherwise than it was: from the Hugging Face folder, from the Megatron folder of
     the layout before, and of the weights that the layout before drew."""
@@ -83,6 +112,8 @@ def convert(config: Config, source: Path, work: Path, before: Path | None) -> di
         kept = half_of(work / "hugging face", work / "resumed.partial") if dist.get_rank() == 0 else {}
         compare("resumed", models, source, made_of="the same")
         assert all((work / "resumed" / file).stat().st_ino == number for file, number in kept.items()), "not kept"
+        full = work / "full"
+        differing["full"] = reported(lambda: compare("full", models, None, made_of="the same"), full)
     if before:
         models = build_chunks(hf_config, config, torch.float32)
         load_start(models, hf_config, before / "megatron")

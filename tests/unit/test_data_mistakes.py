@@ -281,6 +281,8 @@ def test_json_that_python_does_not_read(tmp_path: Path, line: str, reason: str) 
         ("prepare-data", "--pool", "questions.jsonl", "field-missing", "these are questions of --source musique"),
         ("build-pairs", "--contexts", "model", "file-missing", "model: is a folder"),
         ("build-pairs", "--contexts", "empty", "data-empty", "--contexts empty: "),
+        ("prepare-data", "--data", "empty", "data-empty", "empty: holds no record"),
+        ("prepare-data", "--pool", "empty", "data-empty", "empty: holds no record"),
         ("build-pairs", "--correct-threshold", "nan", "option-value", "--correct-threshold nan: "),
         ("build-pairs", "--scorer", "sys:path", "function-missing", "--scorer sys:path: path "),
         ("prepare-data", "--exclude-ids", "utf16", "not-utf8", "--exclude-ids utf16: not UTF-8 (byte 1)"),

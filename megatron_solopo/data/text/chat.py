@@ -205,6 +205,8 @@ class _Chat:
         """Returns the token ids of a rendered prompt, and which of them has each of these characters of its last
         message's ``content``, or is the next one; no place where the template rewrites the message, or for a tokenizer
         without a Rust backend."""
+        if not places:
+            return self.ids(text)[0], []  # offsets cost half as much again as ids
         ids, offsets = self.ids_and_offsets(text)
         start = text.rfind(content.strip())
         if offsets is None or start < 0:

@@ -104,12 +104,13 @@ def read_questions(
         exclude: ids that are left out.
 
     Raises:
-        UserError: naming ``file:line`` (or the row) and the field that is missing or of the wrong kind.
+        UserError: naming ``file:line`` (or the row) and the field that is missing or of the wrong kind, or an input
+            without records.
     """
     read = load_source(source)
     assert read.question is not None, "load_source refuses such"
     seen: dict[str, str] = {}
-    for where, record in read_records(inputs):
+    for where, record in _some_records(inputs):
         question_id = None
         try:
             converted = read.convert(record, where)
@@ -146,11 +147,21 @@ def read_pool(paths: Iterable[str | Path]) -> Iterator[Paragraph]:
     """Yields distractor paragraphs from records of ``{title?, text}``.
 
     Raises:
-        UserError: naming ``file:line`` and the field.
+        UserError: naming ``file:line`` and the field, or an input without records.
     """
-    for where, record in read_records(paths):
+    for where, record in _some_records(paths):
         document = validated(_DOCUMENT, record, where)
         yield Paragraph(document.title, document.text)
+
+
+def _some_records(inputs: Iterable[str | Path]) -> Iterator[tuple[str, Record]]:
+    """Yields the records of `read_records`, and refuses an input without any: a download or an export that failed."""
+    for source in inputs:
+        record = None
+        for record in read_records([source]):
+            yield record
+        if record is None:
+            raise UserError("data-empty", f"{source}: holds no record; replace the file, or leave it out")
 
 
 def _id(record: Record, where: str) -> str:
