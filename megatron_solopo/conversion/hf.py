@@ -391,7 +391,7 @@ def save_folder(
     shards, stored_names, beside_names = plan[0]
     first = parallel_state.is_pipeline_first_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
     replicas = _writing_replicas(shards, first)
-    if parallel_state.get_expert_model_parallel_world_size() == 1:  # else the others send their experts
+    if _have_all_experts():  # else the others send theirs
         shards.take(replicas.index(_replica()) if _replica() in replicas else None, len(replicas), beside_names)
     kept = {name for name in shapes if stored_names.get(name) in shards.kept}
     entries = partial(_entries_to_write, stacked=stacked, kept=kept)
@@ -431,9 +431,15 @@ def _writing_replicas(shards: Shards, first: bool) -> list[int]:
         first: whether this process is the first one of its replica.
     """
     seen = from_all_ranks(_replica() if first and shards.is_here() else 0)
-    if parallel_state.get_expert_model_parallel_world_size() > 1:
-        return [0]  # the replicas of other parameters have different experts
-    return sorted({replica for _, replica in seen})
+    return sorted({replica for _, replica in seen}) if _have_all_experts() else [0]
+
+
+def _have_all_experts() -> bool:
+    """Whether each replica of the other parameters has all experts; expert and expert tensor parallelism may divide them
+    among several."""
+    return parallel_state.get_expert_data_parallel_world_size() == parallel_state.get_data_parallel_world_size(
+        with_context_parallel=True
+    )
 
 
 def _entries_to_write(model: GPTModel, hf_config: PretrainedConfig, stacked: bool, kept: Collection[str]) -> Entered:
