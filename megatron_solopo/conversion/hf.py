@@ -435,8 +435,8 @@ def _writing_replicas(shards: Shards, first: bool) -> list[int]:
 
 
 def _have_all_experts() -> bool:
-    """Whether each replica of the other parameters has all experts; expert and expert tensor parallelism may divide them
-    among several."""
+    """Whether each replica of the other parameters has all experts, which expert and expert tensor parallelism divide
+    among several replicas."""
     return parallel_state.get_expert_data_parallel_world_size() == parallel_state.get_data_parallel_world_size(
         with_context_parallel=True
     )
