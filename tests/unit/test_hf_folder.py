@@ -55,13 +55,14 @@ def test_a_file_is_opened_once_and_not_kept_in_memory(tmp_path: Path, monkeypatc
     """A head of tens of thousands of tensors is read once; a tensor that nobody holds is mapped no longer."""
     write(tmp_path / "new", tmp_path, iter(TENSORS.items()), max_shard_size="50B")
     opened, safe_open = [], hf_folder.safe_open
+    before = len(list(Path("/proc/self/fd").iterdir()))
     monkeypatch.setattr(hf_folder, "safe_open", lambda path, **how: opened.append(path) or safe_open(path, **how))
     reader = TensorReader(tmp_path / "new")
     kept = reader.get("layer.0.weight")
     assert kept.add_(1).equal(TENSORS["layer.0.weight"] + 1)  # memory that is not mapped
     for _ in range(3):
         assert all(reader.get(name).equal(tensor) for name, tensor in TENSORS.items())
-    assert len(opened) == 3 and len(list(Path("/proc/self/fd").iterdir())) < 100
+    assert len(opened) == 3 and len(list(Path("/proc/self/fd").iterdir())) <= before + 3
     mapped = Path("/proc/self/maps").read_text().splitlines()
     assert [Path(line.split()[-1]).name for line in mapped if str(tmp_path) in line] == [
         "model-00001-of-00003.safetensors"
