@@ -92,7 +92,7 @@ def measure(name: str, folder: Path) -> Row:
     from transformers import AutoModelForCausalLM
 
     from megatron_solopo.conversion.adapters import trained_entries
-    from megatron_solopo.conversion.hf import save_folder
+    from megatron_solopo.conversion.save_folder import save_folder
     from megatron_solopo.data.tokenized.packs import build_pack
 
     hf_folder = parity.random_folder(name, folder)

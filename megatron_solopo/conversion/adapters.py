@@ -235,7 +235,7 @@ def merged(
 def merging(
     models: Sequence[GPTModel], hf_config: PretrainedConfig, options: ModelConfig
 ) -> Callable[[Iterator[tuple[str, Tensor]]], Iterator[tuple[str, Tensor]]] | None:
-    """Returns what adds a model's adapters to its tensors, for `hf.save_folder`; None without adapters. Collective."""
+    """Returns what adds a model's adapters to its tensors, for `save_folder`; None without adapters. Collective."""
     if not has_adapters(models):
         return None
     adapters, scale = adapter_tensors(models, hf_config), lora_scale(options)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +13,9 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from megatron_solopo.config import MAX_SHARD_SIZE
-from megatron_solopo.conversion.carried import carried_names, carried_tensors
-from megatron_solopo.conversion.hf_folder import FolderWriter, TensorReader, has_stacked_experts, write_weights
+from megatron_solopo.conversion.carried import carried_names
+from megatron_solopo.conversion.hf_folder import TensorReader
 from megatron_solopo.conversion.quantized import WeightReader
-from megatron_solopo.conversion.shards import Shards
-from megatron_solopo.conversion.sidecar_files import SidecarFiles, config_json
 from megatron_solopo.conversion.stored import StoredWeights
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.families.moe import in_one_tensor
@@ -29,9 +24,7 @@ from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.model.hf_config import outer_model_type
 from megatron_solopo.model.lora import is_adapter
 from megatron_solopo.model.transformer_engine import portable_name
-from megatron_solopo.parallel.platform import from_all_ranks
 from megatron_solopo.parallel.topology import expert_count
-from megatron_solopo.progress import ProgressBar
 
 EMBEDDING, TIED_COPY = "embedding.word_embeddings.weight", "output_layer.weight"
 """With tied embeddings the last of several pipeline stages holds a copy of the embedding; Megatron keeps it equal."""
@@ -144,9 +137,9 @@ def hf_tensors(
         stored: the checkpoint from which each parameter is mapped when it is needed, and released afterwards. Without
             it the model is already loaded, and keeps its weights.
         entries: yields the parameters of a chunk.
-        replicas: the `data-parallel replicas <_replica>` that need the tensors; rank 0 is in the first one.
+        replicas: the `data-parallel replicas <replica>` that need the tensors; rank 0 is in the first one.
     """
-    sends = parallel_state.get_tensor_model_parallel_rank() == 0 and _replica() in replicas
+    sends = parallel_state.get_tensor_model_parallel_rank() == 0 and replica() in replicas
     of_stage = (named for chunk in chunks for named in _hf_tensors_of_chunk(entries(chunk, hf_config), stored))
     if parallel_state.is_pipeline_first_stage():
         yield from of_stage
@@ -161,7 +154,7 @@ def hf_tensors(
         _send_tensor(None, None)
 
 
-def _replica() -> int:
+def replica() -> int:
     """Returns the number of this process's copy of the model, of which context parallelism has several."""
     return parallel_state.get_data_parallel_rank(with_context_parallel=True)
 
@@ -222,7 +215,7 @@ def _hf_tensors_of_parameter(
         experts = _of_all_experts(names, joined, parallel_state.get_expert_model_parallel_group())
     for expert_names, weights in experts:
         for name, tensor in zip(expert_names, entry.operator.to_hf(weights), strict=True):
-            yield name, tensor.detach().cpu().contiguous()  # an object of its own, see `_one_at_a_time`
+            yield name, tensor.detach().cpu().contiguous()  # an object of its own, see `save_folder`
 
 
 def _joined(
@@ -315,137 +308,3 @@ def describe_carried(folder: str | Path, hf_config: PretrainedConfig) -> str | N
     if not names:
         return None
     return f"{len(names)} tensors of {folder} are not trained, such as {names[0]}; an export has them as they are"
-
-
-def save_folder(
-    chunks: Sequence[GPTModel],
-    hf_config: PretrainedConfig,
-    source: str | Path,
-    target: str | Path,
-    force: bool = False,
-    chat_template: str | None = None,
-    chat_template_kwargs: str | None = None,
-    added_tokens: str | None = None,
-    end_of_turn: int | None = None,
-    chat_template_date: str | None = None,
-    dtype: torch.dtype | None = None,
-    max_shard_size: str = MAX_SHARD_SIZE,
-    stored: StoredWeights | None = None,
-    change: Callable[[Iterator[tuple[str, Tensor]]], Iterator[tuple[str, Tensor]]] | None = None,
-    made_of: str | None = None,
-) -> None:
-    """Writes the model as a Hugging Face folder, with the config and tokenizer files of ``source``, adapted to the
-    training options, and its tensors beside the trained model as they are (`carried`).
-
-    Collective. Rank 0 writes; with ``made_of``, the first process of every replica of the model that sees the folder
-    writes some of the weight files, if the replicas have the same experts.
-
-    Args:
-        chunks: this process's parts of the model.
-        chat_template, chat_template_kwargs, added_tokens, end_of_turn, chat_template_date: see `SidecarFiles`.
-        dtype: of the files; default the model's.
-        stored: see `hf_tensors`.
-        change: applied to the tensors on rank 0; without ``made_of``.
-        made_of: see `Shards`. What only makes tensors of files that are kept is not read.
-
-    Raises:
-        UserError: on rank 0, see `FolderWriter`; the others return.
-    """
-    # Adapters are added by the names of single experts. Rank 0 alone need have the source.
-    decided = [dist.get_rank() == 0 and change is None and has_stacked_experts(source)]
-    dist.broadcast_object_list(decided)
-    (stacked,) = decided
-    shapes = hf_shapes(chunks, hf_config, stacked)
-    dtypes = kept_dtypes(hf_config)
-    dtype = dtype or next(chunks[0].parameters()).dtype
-    writer, carried = None, iter(())
-    plan: list[tuple[Shards, dict[str, str], set[str]] | None] = [None]
-    try:
-        if dist.get_rank() == 0:
-            document = config_json(source, hf_config, dtype)
-            sidecar_files = SidecarFiles(
-                Path(source),
-                document,
-                chat_template,
-                chat_template_kwargs,
-                added_tokens,
-                end_of_turn,
-                chat_template_date,
-            )
-            of_files, stored_names, beside_names = shapes, {name: name for name in shapes}, set[str]()
-            if (beside := beside_of(source, hf_config)) is not None:
-                reader, names = beside
-                forms = {name: reader.form_of(name) for name in names}
-                carried, beside_names = carried_tensors(reader, names), set(forms)
-                stored_names = {name: reader.stored(name) for name in shapes}
-                of_files = {stored_names[name]: shape for name, shape in shapes.items()}
-                of_files |= {name: shape for name, (shape, _) in forms.items()}
-                dtypes = {reader.stored(name): kept for name, kept in dtypes.items()}
-                dtypes |= {name: of_source for name, (_, of_source) in forms.items()}
-            writer = FolderWriter(Path(target), sidecar_files, of_files, dtype, max_shard_size, force, dtypes, made_of)
-            plan = [(writer.shards, stored_names, beside_names)]
-    finally:
-        dist.broadcast_object_list(plan)  # None: rank 0 cannot write
-    if plan[0] is None:
-        return
-    shards, stored_names, beside_names = plan[0]
-    first = parallel_state.is_pipeline_first_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
-    replicas = _writing_replicas(shards, first)
-    if _have_all_experts():  # else the others send theirs
-        shards.take(replicas.index(_replica()) if _replica() in replicas else None, len(replicas), beside_names)
-    kept = {name for name in shapes if stored_names.get(name) in shards.kept}
-    entries = partial(_entries_to_write, stacked=stacked, kept=kept)
-    tensors = hf_tensors(chunks, hf_config, stored, entries, replicas)
-    if writer is not None and shards.kept_files:
-        print(f"{target}: {shards.kept_files} of {shards.files} files were complete before, and are kept")
-    problem = None
-    if first and _replica() in replicas:
-        if change is not None:
-            tensors = change(tensors)
-        tensors = chain(_one_at_a_time((stored_names[name], tensor) for name, tensor in tensors), carried)
-        total = len(shards.shapes) - len(shards.kept)
-        progress = ProgressBar(tensors, desc=f"writing {target}", total=total, unit="tensor", leave=False)
-        problem = write_weights(Path(target), shards, progress)
-    else:
-        for _ in tensors:
-            pass
-    problems = from_all_ranks(problem)
-    if writer is not None:
-        of_ranks = ((rank, host, error) for rank, (host, error) in enumerate(problems) if error is not None)
-        rank, host, problem = next(of_ranks, (0, "", None))
-        writer.publish(problem.at(f"rank {rank} on {host}") if problem and rank else problem)
-
-
-def _one_at_a_time(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Yields the tensors and empties each when the next one is asked for: callers still hold it while that is made."""
-    for name, tensor in tensors:
-        yield name, tensor
-        tensor.data = tensor.data.new_empty(0)
-
-
-def _writing_replicas(shards: Shards, first: bool) -> list[int]:
-    """Returns the replicas of the model that write files: all whose first process sees the unfinished folder, or that
-    of rank 0 alone. Collective.
-
-    Args:
-        first: whether this process is the first one of its replica.
-    """
-    seen = from_all_ranks(_replica() if first and shards.is_here() else 0)
-    return sorted({replica for _, replica in seen}) if _have_all_experts() else [0]
-
-
-def _have_all_experts() -> bool:
-    """Whether each replica of the other parameters has all experts, which expert and expert tensor parallelism divide
-    among several replicas."""
-    return parallel_state.get_expert_data_parallel_world_size() == parallel_state.get_data_parallel_world_size(
-        with_context_parallel=True
-    )
-
-
-def _entries_to_write(model: GPTModel, hf_config: PretrainedConfig, stacked: bool, kept: Collection[str]) -> Entered:
-    """`named_entries` without those of which all tensors are in files that are kept. Experts of several processes,
-    which send theirs at the same time, are all there."""
-    alone = parallel_state.get_expert_model_parallel_world_size() == 1
-    for entry, names, parameter in named_entries(model, hf_config, stacked):
-        if (entry.of_experts and not alone) or not all(name in kept for name in names):
-            yield entry, names, parameter

@@ -17,7 +17,7 @@ from megatron_solopo.config import Config
 from megatron_solopo.conversion.adapters import merging, save_adapters
 from megatron_solopo.conversion.carried import carried_names
 from megatron_solopo.conversion.compare import compare, read_prompts, report
-from megatron_solopo.conversion.hf import beside_of, kept_dtypes, save_folder
+from megatron_solopo.conversion.hf import beside_of, kept_dtypes
 from megatron_solopo.conversion.hf_folder import has_stacked_experts
 from megatron_solopo.conversion.hf_weights import HfWeights
 from megatron_solopo.conversion.manifest import find_checkpoint
@@ -28,6 +28,7 @@ from megatron_solopo.conversion.megatron_folder import (
     stored_weights,
 )
 from megatron_solopo.conversion.quantized import WeightReader
+from megatron_solopo.conversion.save_folder import save_folder
 from megatron_solopo.conversion.shards import parse_size
 from megatron_solopo.conversion.sidecar_files import STACKED, SidecarFiles, config_json, dtype_name, generation_config
 from megatron_solopo.conversion.start import check_weights, is_megatron_folder, load_start, open_hf_weights

@@ -9,9 +9,9 @@ import torch.distributed as dist
 
 from megatron_solopo.config import Config
 from megatron_solopo.conversion.adapters import merging, save_adapters
-from megatron_solopo.conversion.hf import save_folder
 from megatron_solopo.conversion.manifest import checkpoint_folder
 from megatron_solopo.conversion.places import restore
+from megatron_solopo.conversion.save_folder import save_folder
 from megatron_solopo.errors import UserError
 from megatron_solopo.parallel.platform import first_error, run_on_rank0
 from megatron_solopo.training import resume

@@ -66,8 +66,9 @@ def reported(save: Callable[[], None], target: Path) -> list[str]:
     on a file system with little room for a file."""
     from megatron.core import parallel_state
 
-    experts = parallel_state.get_expert_model_parallel_world_size() > 1
-    writer = 0 if experts else dist.get_process_group_ranks(parallel_state.get_data_parallel_group(True))[-1]
+    experts = parallel_state.get_expert_data_parallel_world_size()
+    divided = experts < parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    writer = 0 if divided else dist.get_process_group_ranks(parallel_state.get_data_parallel_group(True))[-1]
     dist.broadcast(place := torch.tensor(writer), 0)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits, problem = resource.getrlimit(resource.RLIMIT_FSIZE), ""
@@ -88,9 +89,9 @@ def reported(save: Callable[[], None], target: Path) -> list[str]:
 def convert(config: Config, source: Path, work: Path, before: Path | None) -> dict[str, list[str]]:
     """What comes back from a layout otherwise than it was: from the Hugging Face folder, from the Megatron folder of
     the layout before, and of the weights that the layout before drew."""
-    from megatron_solopo.conversion.hf import save_folder
     from megatron_solopo.conversion.megatron_folder import save_megatron_folder
     from megatron_solopo.conversion.random_start import draw_start
+    from megatron_solopo.conversion.save_folder import save_folder
     from megatron_solopo.conversion.sidecar_files import SidecarFiles, config_json
     from megatron_solopo.conversion.start import load_start, open_hf_weights
     from megatron_solopo.model.hf_config import read_hf_config

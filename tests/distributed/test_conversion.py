@@ -27,7 +27,17 @@ from transformers import (
 )
 
 DENSE = ["dp4", "tp2", "tp4 sp", "pp2", "pp4", "pp2 vpp2", "tp2 pp2", "tp2 sp pp2 vpp2"]
-WITH_EXPERTS = ["ep2", "ep4", "tp2 sp", "pp2 vpp2", "tp2 sp ep2", "tp2 sp etp1 ep2", "pp2 ep2", "tp2 sp pp2 etp1 ep2"]
+WITH_EXPERTS = [
+    "ep2",
+    "ep4",
+    "etp2",
+    "tp2 sp",
+    "pp2 vpp2",
+    "tp2 sp ep2",
+    "tp2 sp etp1 ep2",
+    "pp2 ep2",
+    "tp2 sp pp2 etp1 ep2",
+]
 SHAPE = WIDE | dict(vocab_size=67)  # no multiple of anything
 DENSE_MODELS: dict[str, Any] = {
     "llama": LlamaConfig(**SHAPE, head_dim=24, tie_word_embeddings=False),

@@ -868,9 +868,13 @@ MUTANTS: list[Mutant] = [
         ("padding not cut on later stages", 'get_attr_wrapped_model(model, "pre_process")', "True"),
     ),
     *within(
-        "conversion/hf.py",
+        "conversion/save_folder.py",
         MULTIMODAL,
         ("carried tensors in the model's dtype", "dtypes |= {name: of_source for", "_ = {name: of_source for"),
+    ),
+    *within(
+        "conversion/hf.py",
+        MULTIMODAL,
         (
             "a router's bias in the model's dtype",
             "kept = [entry for entry in table if",

@@ -354,7 +354,7 @@ def test_gradients_equal_transformers_in_double(engine, hf_folder):
 
 @pytest.mark.parametrize("hf_folder", CONFIGS, indirect=True)
 def test_round_trip_is_the_identity(engine, hf_folder, tmp_path):
-    from megatron_solopo.conversion.hf import save_folder
+    from megatron_solopo.conversion.save_folder import save_folder
 
     hf_config, model = megatron_model(hf_folder, torch.float32)
     assert model.vocab_size == 256 and hf_config.vocab_size == 211

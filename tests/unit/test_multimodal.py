@@ -92,7 +92,7 @@ def _later(name: str) -> str:
 )
 def test_a_language_model_inside_another(engine: Any, name: str, later: bool, tmp_path: Path) -> None:
     """Log-probs equal the whole model's on text, and the export has every tensor's bits and config.json's fields."""
-    from megatron_solopo.conversion.hf import save_folder
+    from megatron_solopo.conversion.save_folder import save_folder
 
     folder = nested_folder(name, tmp_path / "hf", later)
     hf_config, model = megatron_model(folder, torch.float32)
@@ -117,7 +117,7 @@ def test_a_language_model_inside_another(engine: Any, name: str, later: bool, tm
 
 def test_quantized_experts_in_one_tensor_inside_another_model(engine: Any, tmp_path: Path) -> None:
     """Weights are dequantised, also of the encoder, and layers of multi-token prediction are carried through."""
-    from megatron_solopo.conversion.hf import save_folder
+    from megatron_solopo.conversion.save_folder import save_folder
 
     torch.manual_seed(1)
     model = AutoModelForImageTextToText.from_config(CONFIGS["qwen3-5-moe"]).bfloat16()
@@ -147,7 +147,7 @@ def test_quantized_experts_in_one_tensor_inside_another_model(engine: Any, tmp_p
 
 def test_what_is_carried_keeps_its_dtype(engine: Any, tmp_path: Path) -> None:
     """And trained tensors do not come from the source folder."""
-    from megatron_solopo.conversion.hf import save_folder
+    from megatron_solopo.conversion.save_folder import save_folder
 
     folder = nested_folder("gemma3", tmp_path / "hf")
     hf_config, model = megatron_model(folder, torch.bfloat16)
@@ -213,7 +213,7 @@ def mtp_folder(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_layers_of_multi_token_prediction_are_carried_through(engine: Any, tmp_path: Path) -> None:
-    from megatron_solopo.conversion.hf import save_folder
+    from megatron_solopo.conversion.save_folder import save_folder
 
     mtp = mtp_folder(tmp_path / "hf")
     hf_config, model = megatron_model(tmp_path / "hf", torch.bfloat16)

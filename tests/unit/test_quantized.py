@@ -82,7 +82,7 @@ def quantized_llama(folder: Path) -> Path:
 @pytest.mark.parametrize("quantized", [quantized_gpt_oss, quantized_llama])
 def test_a_quantized_folder_is_what_transformers_dequantizes(engine: Any, tmp_path: Path, quantized: Any) -> None:
     """The export is a bfloat16 folder of the same numbers without quantization_config."""
-    from megatron_solopo.conversion.hf import save_folder
+    from megatron_solopo.conversion.save_folder import save_folder
 
     source = quantized(tmp_path)
     hf_config, model = megatron_model(source, torch.bfloat16)
@@ -142,7 +142,7 @@ def stacked_folder(name: str, folder: Path) -> tuple[Path, Path]:
 @pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
 def test_experts_in_one_tensor_are_read_and_written(engine: Any, tmp_path: Path, name: str) -> None:
     from megatron_solopo.conversion.doctor import diagnose
-    from megatron_solopo.conversion.hf import save_folder
+    from megatron_solopo.conversion.save_folder import save_folder
 
     source, stacked = stacked_folder(name, tmp_path)
     before = load_file(stacked / "model.safetensors")
